@@ -1,0 +1,25 @@
+"""The deployed function: a Kafka record becomes exactly one recharge.
+
+Read in this order, which is the order of one event, then of what surrounds it:
+
+    gunicorn.conf.py  the container's server
+    main.py           wires the parts; one HTTP status per outcome
+    door.py           reads the request within bounds
+    events.py         CloudEvent -> TopUp
+    processing.py     claim, recharge, settle; doubt
+    ledger.py         the statements; schema.py the tables; database.py connections
+    recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials
+    model.py          statuses, transitions, outcomes; errors.py the error tree
+    config.py         settings; telemetry.py logs; migrate.py and cli.py for operators
+
+Imports go one way, from right to left (tests/repo/test_imports.py holds this table):
+"""
+
+#: Who may import whom: a module imports only modules of the rows above its own.
+LAYERS = (
+    ("errors", "model"),
+    ("config", "telemetry", "door"),
+    ("api_profile", "api_auth", "events", "schema", "database"),
+    ("migrate", "ledger", "recharge_api", "processing"),
+    ("main", "cli", "gunicorn.conf"),
+)

@@ -1,0 +1,272 @@
+"""Settings: every name, default, unit and meaning, read once from the environment.
+
+Owns all reading of `os.environ`; must never connect to anything.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+from function.errors import SettingsError
+
+
+def _setting(help_: str, *, default: Any = MISSING, is_secret: bool = False) -> Any:
+    """A setting with its one line of help; without a default it is required."""
+    metadata = {"help": help_}
+    if default is MISSING:
+        return field(metadata=metadata, repr=not is_secret)
+    return field(default=default, metadata=metadata, repr=not is_secret)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the function can be told; a field `x_y` is the variable `X_Y`."""
+
+    ledger_database_url: str = _setting(
+        "Where the ledger is: `mysql+pymysql://user@host/db` or `sqlite:///file`.",
+        is_secret=True,
+    )
+    ledger_password_file: Path | None = _setting(
+        "File with the database password, read at each new connection.", default=None
+    )
+    ledger_tls_ca_file: Path | None = _setting(
+        "CA that signed the database's certificate; turns verified TLS on.",
+        default=None,
+    )
+    ledger_timeout_s: float = _setting(
+        "Longest wait for one statement, connect and locks included.", default=5.0
+    )
+    ledger_lease_s: float = _setting(
+        "How long a claim excludes others, by the database's clock.", default=30.0
+    )
+    recharge_api_url: str = _setting("Base address of the recharge API.")
+    recharge_api_profile: str = _setting(
+        "A profile of function/profiles by name, or a path to a TOML file.",
+        default="generic",
+    )
+    recharge_api_kind: str | None = _setting(
+        "`replay`, `refuse`, `lookup` or `none`: what the API can do about a repeated "
+        "key; the profile's own when empty.",
+        default=None,
+    )
+    recharge_api_replay_window_s: float | None = _setting(
+        "How long a `replay` API knows a key, counted from the first send; the "
+        "profile's own when empty.",
+        default=None,
+    )
+    recharge_api_settle_s: float | None = _setting(
+        "Age of an attempt after which a look-up that finds nothing proves that "
+        "nothing was executed; the profile's own when empty.",
+        default=None,
+    )
+    recharge_api_useless_answers_max: int = _setting(
+        "A `replay` order is parked after so many unknown outcomes, if others "
+        "succeeded meanwhile.",
+        default=5,
+    )
+    recharge_api_timeout_s: float = _setting(
+        "Longest wait for the connection and between two reads; a look-up's whole "
+        "time.",
+        default=10.0,
+    )
+    recharge_api_deadline_s: float = _setting(
+        "Hard end of a call, counted from before the claim.", default=15.0
+    )
+    recharge_api_idle_s: float = _setting(
+        "Connections idle for longer are not used again; below what the API keeps.",
+        default=4.0,
+    )
+    recharge_api_tls_ca_file: Path | None = _setting(
+        "CA that signed the API's certificate; the public ones when empty.",
+        default=None,
+    )
+    recharge_api_token_file: Path | None = _setting(
+        "File with a bearer token, read again when it changes.", default=None
+    )
+    recharge_api_oauth_token_url: str | None = _setting(
+        "Where OAuth 2 client credentials are exchanged for a token.", default=None
+    )
+    recharge_api_oauth_client_id: str | None = _setting(
+        "OAuth 2 client id.", default=None
+    )
+    recharge_api_oauth_client_secret_file: Path | None = _setting(
+        "File with the OAuth 2 client secret, read at each exchange.", default=None
+    )
+    recharge_api_oauth_scope: str | None = _setting(
+        "OAuth 2 scope to ask for, blank-separated.", default=None
+    )
+    event_type: str = _setting(
+        "CloudEvents type of an order; ends in `.requested.v` and a number.",
+        default="com.example.topup.requested.v1",
+    )
+    event_bytes_max: int = _setting(
+        "Larger events are recorded in quarantine.", default=256 * 1024
+    )
+    event_read_timeout_s: float = _setting(
+        "Longest wait between two reads of a request's body.", default=10.0
+    )
+    event_delivery_timeout_s: float = _setting(
+        "`delivery.timeout` of the KafkaSource.", default=60.0
+    )
+    server_threads: int = _setting(
+        "Requests that run at once in a pod; both connection pools have this size.",
+        default=8,
+    )
+    server_request_timeout_s: float = _setting(
+        "`timeoutSeconds` of the Knative Revision.", default=90.0
+    )
+    server_graceful_timeout_s: float = _setting(
+        "How long running calls may go on after SIGTERM.", default=50.0
+    )
+    server_termination_grace_s: float = _setting(
+        "`terminationGracePeriodSeconds` of the pod.", default=60.0
+    )
+    log_level: str = _setting("DEBUG, INFO, WARNING or ERROR.", default="INFO")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
+        """Read every setting and check how they stand to each other.
+
+        Raises:
+            SettingsError: names every setting that is missing or wrong, in one
+                message. The caller refuses to start.
+
+        """
+        env = os.environ if env is None else env
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        for item in fields(cls):
+            raw = env.get(item.name.upper(), "").strip()
+            if raw:
+                try:
+                    values[item.name] = _parse(hints[item.name], raw)
+                except ValueError as error:
+                    problems.append(f"{item.name.upper()}: {error}")
+            elif item.default is MISSING:
+                problems.append(f"{item.name.upper()} is missing: {_help(item)}")
+        if problems:
+            raise SettingsError("; ".join(problems))
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Check bounds and the order of the deadlines (DESIGN section 4).
+
+        Raises:
+            SettingsError: names each pair that stands in the wrong order.
+
+        """
+        problems = [
+            f"{name.upper()} must be greater than 0"
+            for name in _POSITIVE
+            if getattr(self, name) is not None and getattr(self, name) <= 0
+        ]
+        problems += [
+            f"{low.upper()} ({getattr(self, low):g}) must be less than "
+            f"{high.upper()} ({getattr(self, high):g}): {why}"
+            for low, high, why in _ORDER
+            if not getattr(self, low) < getattr(self, high)
+        ]
+        is_oauth = [
+            self.recharge_api_oauth_token_url,
+            self.recharge_api_oauth_client_id,
+            self.recharge_api_oauth_client_secret_file,
+        ]
+        if any(is_oauth) and not all(is_oauth):
+            problems.append(
+                "RECHARGE_API_OAUTH_TOKEN_URL, RECHARGE_API_OAUTH_CLIENT_ID and "
+                "RECHARGE_API_OAUTH_CLIENT_SECRET_FILE go together: set all or none"
+            )
+        if any(is_oauth) and self.recharge_api_token_file:
+            problems.append(
+                "RECHARGE_API_TOKEN_FILE and RECHARGE_API_OAUTH_TOKEN_URL are two ways "
+                "to authenticate: set one"
+            )
+        if self.log_level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+            problems.append("LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR")
+        if problems:
+            raise SettingsError("; ".join(problems))
+
+
+#: Left must be less than right, or the safety argument named breaks.
+_ORDER: Final = (
+    (
+        "recharge_api_timeout_s",
+        "recharge_api_deadline_s",
+        "one read may not outlast the call",
+    ),
+    (
+        "recharge_api_deadline_s",
+        "ledger_lease_s",
+        "another pod may not take over while this one can still send",
+    ),
+    (
+        "ledger_lease_s",
+        "event_delivery_timeout_s",
+        "the source may not give up on a delivery that can still be settled",
+    ),
+    (
+        "event_delivery_timeout_s",
+        "server_request_timeout_s",
+        "the Revision may not cut a delivery that the source still waits for",
+    ),
+    (
+        "recharge_api_deadline_s",
+        "server_graceful_timeout_s",
+        "a running call must be able to finish after SIGTERM",
+    ),
+    (
+        "server_graceful_timeout_s",
+        "server_termination_grace_s",
+        "the pod may not be killed while it drains",
+    ),
+)
+
+_POSITIVE: Final = (
+    "ledger_timeout_s",
+    "recharge_api_timeout_s",
+    "recharge_api_useless_answers_max",
+    "recharge_api_idle_s",
+    "recharge_api_replay_window_s",
+    "recharge_api_settle_s",
+    "event_bytes_max",
+    "event_read_timeout_s",
+    "server_threads",
+)
+
+
+def _help(item: "Field[Any]") -> str:
+    return str(item.metadata["help"])
+
+
+def _parse(hint: Any, raw: str) -> Any:
+    """Turn a variable's text into the field's type; ValueError says what is wrong."""
+    if hint in {int, float}:
+        try:
+            return hint(raw)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise ValueError(f"must be {kind}") from None
+    if hint == Path | None:
+        if not Path(raw).is_file():
+            raise ValueError(f"no such file: {raw}")
+        return Path(raw)
+    return raw
+
+
+def settings_table() -> list[tuple[str, str, str]]:
+    """Name, default and help of every setting, as the README shows them."""
+    return [
+        (
+            item.name.upper(),
+            "required"
+            if item.default is MISSING
+            else ("" if item.default is None else str(item.default)),
+            _help(item),
+        )
+        for item in fields(Settings)
+    ]

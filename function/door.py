@@ -1,0 +1,80 @@
+"""The front door: a WSGI wrapper that reads bodies within bounds, before any framework.
+
+Owns how much and how long is read, and the flag that says that the pod is draining;
+must never answer with a status that makes the source drop a record.
+
+Installed around the app by main.py, so it stands before functions-framework and Flask:
+they would read a body of any size, cut a chunked one in silence, and redirect `//`.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from typing import Any, Final
+
+#: Set on SIGTERM by gunicorn.conf.py: no new call begins, running ones finish.
+draining: Final = threading.Event()
+
+#: Where the door leaves what it saw, for main.py.
+ANNOUNCED_BYTES: Final = "topup.announced_bytes"
+
+_Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class Door:
+    """Reads each POST whole, or as much as shows that it is too large.
+
+    Args:
+        application: what comes after.
+        bytes_max: largest body that is taken for an event; one byte more is read.
+        timeout_s: longest wait between two reads of the socket.
+
+    """
+
+    def __init__(
+        self, application: _Application, *, bytes_max: int, timeout_s: float
+    ) -> None:
+        self._application = application
+        self._bytes_max = bytes_max
+        self._timeout_s = timeout_s
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        """Pass the request on with its body in memory; 503 if it can't be read."""
+        if environ["REQUEST_METHOD"] == "POST":
+            try:
+                body = self._read(environ)
+            except (OSError, ValueError):
+                # Cut or stalled: nothing to record, so it must come again.
+                close = [("Content-Length", "0"), ("Connection", "close")]
+                start_response("503 Service Unavailable", close)
+                return []
+            environ["wsgi.input"] = BytesIO(body)
+            environ["CONTENT_LENGTH"] = str(len(body))
+            environ.pop("HTTP_TRANSFER_ENCODING", None)
+            # An event is an event on every path; `//` would be redirected, and a
+            # redirected record is dropped.
+            environ["PATH_INFO"] = "/"
+        return self._application(environ, start_response)
+
+    def _read(self, environ: dict[str, Any]) -> bytes:
+        announced = environ.get("CONTENT_LENGTH") or ""
+        limit = self._bytes_max + 1
+        # A server that leaves the end of the body to us would be read for ever.
+        if not announced and not environ.get("wsgi.input_terminated"):
+            limit = 0
+        elif announced:
+            limit = min(limit, int(announced))
+        connection = environ.get("gunicorn.socket")
+        if connection is not None:
+            connection.settimeout(self._timeout_s)
+        try:
+            body: bytes = environ["wsgi.input"].read(limit)
+        finally:
+            if connection is not None:
+                connection.settimeout(None)
+        if announced and len(body) < limit:
+            raise ValueError("the body is shorter than announced")
+        environ[ANNOUNCED_BYTES] = int(announced) if announced else len(body)
+        return body

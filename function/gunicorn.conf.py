@@ -1,0 +1,74 @@
+"""The container's server: drains on SIGTERM, bounds headers, never drops a record.
+
+Owns what gunicorn decides before and after our code; must never answer with a status
+that makes the source drop a record. Run from the project's root as
+`gunicorn --config function/gunicorn.conf.py`: it serves the very app that
+functions-framework would. The bare `functions-framework` command can't drain.
+"""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gunicorn import util
+from gunicorn.workers.gthread import ThreadWorker
+
+from function.config import Settings
+from function.door import draining
+from function.errors import SettingsError
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """A thread worker that asks for what it couldn't read once more."""
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
+        """Answer 503 where gunicorn would say 400, 414 or 431.
+
+        Nothing was recorded, so the record must come again: the source drops it
+        after any other 4xx.
+        """
+        self.log.warning("request unreadable: %s", type(exc).__name__)
+        try:
+            util.write_error(client, 503, "Service Unavailable", "")
+        except OSError:
+            self.log.debug("the client has gone")
+
+
+def post_worker_init(worker: Any) -> None:
+    """Refuse queued requests from SIGTERM on; running ones finish and settle."""
+
+    def drain(signal_number: int, frame: FrameType | None) -> None:
+        draining.set()
+        worker.handle_exit(signal_number, frame)
+
+    signal.signal(signal.SIGTERM, drain)
+
+
+try:
+    _settings = Settings.from_env()
+except SettingsError as error:
+    raise SystemExit(f"topup: {error}") from None
+
+wsgi_app = "functions_framework:create_app('handle_topup', 'function/main.py')"
+worker_class = Worker
+bind = f":{os.environ.get('PORT', '8080')}"
+# One process: what one thread owes the ledger, the next can settle from memory.
+workers = 1
+threads = _settings.server_threads
+# The lease outlasts a call, and a call this server's patience with a worker.
+timeout = round(_settings.server_request_timeout_s)
+graceful_timeout = round(_settings.server_graceful_timeout_s)
+# Longer than the dispatcher keeps a connection without use.
+keepalive = 75
+# KafkaSource makes a header of each record header; more is answered 503 above.
+limit_request_line = 8190
+limit_request_fields = 500
+limit_request_field_size = 32_768
+# The heartbeat file, where the root file system is read-only.
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
+control_socket_disable = True
+# One line a delivery is ours; gunicorn's would repeat it with the path.
+accesslog = None
+loglevel = "warning"

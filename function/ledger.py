@@ -1,0 +1,696 @@
+"""The idempotency ledger: one row an order, and the only code that changes it.
+
+Owns every statement on the ledger's tables; must never call the recharge API, and
+must never hold a transaction, a lock or a connection over such a call.
+
+Every change of status is a compare-and-set on the status and the token that were
+seen. Clocks are the database's. `claim` and `settle` are one round trip each.
+"""
+
+import json
+import secrets
+from hashlib import sha256
+from typing import Any, Final
+
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Select,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    not_,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
+
+from function.api_profile import ApiProfile
+from function.database import (
+    UNAVAILABLE,
+    connected,
+    describe,
+    is_connection_lost,
+    is_duplicate,
+    transaction,
+)
+from function.errors import ClaimUncertain, IllegalTransition, LedgerUnavailable
+from function.model import (
+    TRANSITIONS,
+    Answer,
+    AnswerClass,
+    Claim,
+    Entry,
+    Line,
+    Refused,
+    Status,
+    TopUp,
+)
+from function.schema import (
+    After,
+    AgeS,
+    JustBefore,
+    Now,
+    attempt,
+    is_before,
+    pause,
+    quarantine,
+    topup,
+)
+
+#: What an answer of the recharge API makes of a row that is claimed or in doubt.
+STATUS_OF_ANSWER: Final = {
+    AnswerClass.DONE: Status.SUCCEEDED,
+    AnswerClass.ACCEPTED: Status.ACCEPTED,
+    AnswerClass.NO: Status.REJECTED,
+}
+#: Nobody holds a row in these, so evidence of a success settles it.
+_UNHELD: Final = (Status.IN_DOUBT, Status.PARKED, Status.HELD, Status.RELEASED)
+_ANSWERED: Final = (Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED)
+_MICROS: Final = 1_000_000
+
+
+class Ledger:
+    """The ledger on one database; safe to share between threads.
+
+    Args:
+        engine: from `database.make_engine`.
+        profile: renders the recharge API's key, which is stored before it is sent.
+        lease_s: how long a claim excludes others, in seconds.
+
+    Every method may raise LedgerUnavailable: answer 503, the record comes again.
+
+    """
+
+    def __init__(self, engine: Engine, profile: ApiProfile, *, lease_s: float) -> None:
+        self._engine = engine
+        self._profile = profile
+        self._lease_us = round(lease_s * _MICROS)
+
+    def claim(self, order: TopUp) -> Claim | None:
+        """Record a new order as in flight, durably; one statement.
+
+        Returns None if it is not new, if an earlier one of its subscriber is
+        unsettled, or if its channel is paused: `look` tells which.
+
+        Raises:
+            ClaimUncertain: perhaps committed. Never send; disown the token that the
+                error carries.
+
+        """
+        token = _new_token()
+        values = self._row(order) | {"token": token, "lease_us": self._lease_us}
+        if not self._try_to_claim(_CLAIM, values, token):
+            return None
+        return Claim(token, values["rendered_key"], is_doubted=False)
+
+    def reclaim(self, entry: Entry) -> Claim | None:
+        """Take a row that is in doubt, held or released back in flight.
+
+        Only by compare-and-set on the very attempt that was read, only when it is
+        first in its subscriber's line, and not while paused. The token is new.
+
+        Returns None if any of this no longer holds.
+
+        Raises:
+            ClaimUncertain: as `claim`.
+
+        """
+        _check(entry.status, Status.IN_FLIGHT)
+        token = _new_token()
+        values = {
+            "key": entry.idempotency_key,
+            "seen_status": entry.status,
+            "seen_token": entry.token,
+            "new_token": token,
+            "lease_us": self._lease_us,
+        }
+        if not self._try_to_claim(_RECLAIM, values, token):
+            return None
+        return Claim(token, entry.rendered_key, entry.doubts > 0)
+
+    def look(self, order: TopUp) -> tuple[Entry | None, Line]:
+        """Read the order's row and what stands before it; one statement."""
+        values = {"key": order.idempotency_key, **_position(order)}
+        values["msisdn"] = order.msisdn
+        values["channel"] = _channel(order)
+        with connected(self._engine) as connection:
+            row = connection.execute(_LOOK, values).one()
+        blocker = Status(row.blocker) if row.blocker else None
+        line = Line(bool(row.is_paused), blocker, bool(row.is_stuck))
+        return (_entry(row) if row.idempotency_key else None), line
+
+    def settle(self, key: str, token: str, answer: Answer) -> bool:
+        """Write the final answer of the attempt that holds the claim.
+
+        Args:
+            key: the idempotency key.
+            token: the attempt's fence.
+            answer: done, accepted, or a no that is final.
+
+        Returns False if the attempt holds the claim no more: nothing is changed.
+
+        """
+        status = STATUS_OF_ANSWER[answer.classified]
+        _check(Status.IN_FLIGHT, status)
+        values = {
+            "key": key,
+            "claim_token": token,
+            "to_status": status,
+            "to_reference": answer.reference,
+            "to_reason": answer.reason if status is Status.REJECTED else "",
+        }
+        if answer.classified is AnswerClass.DONE:
+            with connected(self._engine) as connection:
+                return connection.execute(_SETTLE, values).rowcount == 1
+        with transaction(self._engine) as connection:
+            if connection.execute(_SETTLE, values).rowcount != 1:
+                return False
+            _record(connection, key, token, answer)
+            return True
+
+    def give_back(self, key: str, token: str, answer: Answer) -> bool:
+        """Release a claim under which nothing was executed.
+
+        Doubt is sticky: a row that was once in doubt goes back to in doubt.
+
+        Returns False if the attempt holds the claim no more: nothing is changed.
+
+        """
+        values = {"key": key, "claim_token": token, "to_class": answer.classified}
+        with transaction(self._engine) as connection:
+            if connection.execute(_GIVE_BACK, values).rowcount != 1:
+                return False
+            _record(connection, key, token, answer)
+            return True
+
+    def doubt(self, key: str, token: str, answer: Answer, *, is_parked: bool) -> bool:
+        """Write that the attempt's outcome is unknown, and keep its evidence.
+
+        Args:
+            key: the idempotency key.
+            token: the attempt's fence.
+            answer: whatever came back.
+            is_parked: nothing automatic can find out.
+
+        Returns False if the attempt holds the claim no more: nothing is changed.
+
+        """
+        status = Status.PARKED if is_parked else Status.IN_DOUBT
+        _check(Status.IN_FLIGHT, status)
+        values = {
+            "key": key,
+            "claim_token": token,
+            "to_status": status,
+            "to_class": answer.classified,
+        }
+        with transaction(self._engine) as connection:
+            if connection.execute(_DOUBT, values).rowcount != 1:
+                return False
+            _record(connection, key, token, answer)
+            return True
+
+    def expire(self, entry: Entry) -> bool:
+        """Turn an in-flight row whose lease is over into one in doubt.
+
+        Returns False if it has changed since it was read, or the lease still runs.
+
+        """
+        token = entry.token or ""
+        lost = Answer(AnswerClass.UNKNOWN, reason="lease_over")
+        values = {"key": entry.idempotency_key, "claim_token": token}
+        with transaction(self._engine) as connection:
+            if connection.execute(_EXPIRE, values).rowcount != 1:
+                return False
+            _record(connection, entry.idempotency_key, token, lost)
+            return True
+
+    def end_doubt(self, entry: Entry, answer: Answer) -> bool:
+        """Settle a row in doubt by what a look-up found about its last attempt.
+
+        Returns False if another attempt was made since: look up again.
+
+        """
+        status = STATUS_OF_ANSWER[answer.classified]
+        _check(entry.status, status)
+        values = {
+            "key": entry.idempotency_key,
+            "seen_status": entry.status,
+            "seen_token": entry.token,
+            "to_status": status,
+            "to_reference": answer.reference,
+            "to_reason": answer.reason if status is Status.REJECTED else "",
+        }
+        with transaction(self._engine) as connection:
+            if connection.execute(_END_DOUBT, values).rowcount != 1:
+                return False
+            _record(connection, entry.idempotency_key, entry.token or "", answer)
+            return True
+
+    def park(self, entry: Entry) -> bool:
+        """Give up settling a row in doubt automatically.
+
+        Returns False if it has changed since it was read.
+
+        """
+        _check(entry.status, Status.PARKED)
+        values = {
+            "key": entry.idempotency_key,
+            "seen_status": entry.status,
+            "seen_token": entry.token,
+        }
+        with connected(self._engine) as connection:
+            return connection.execute(_PARK, values).rowcount == 1
+
+    def keep_evidence(self, key: str, token: str, answer: Answer) -> bool:
+        """Keep what a fenced attempt learnt; a success settles a row nobody holds.
+
+        Returns whether the row was settled by it.
+
+        """
+        status = STATUS_OF_ANSWER.get(answer.classified)
+        is_success = status in {Status.SUCCEEDED, Status.ACCEPTED}
+        values = {"key": key, "to_status": status, "to_reference": answer.reference}
+        with transaction(self._engine) as connection:
+            _record(connection, key, token, answer)
+            if not is_success:
+                return False
+            return connection.execute(_SETTLE_UNHELD, values).rowcount == 1
+
+    def hold(self, order: TopUp) -> bool:
+        """Record a new order at its place in its subscriber's line.
+
+        One conditional statement: nothing is held behind nothing.
+
+        Returns False if nothing unsettled stands before it and nothing is paused, or
+        if it is in the ledger already.
+
+        """
+        try:
+            with connected(self._engine) as connection:
+                return connection.execute(_HOLD, self._row(order)).rowcount == 1
+        except IntegrityError:
+            return False
+
+    def overtake(self, order: TopUp) -> int:
+        """Park what the source has given up on: an earlier offset of the partition.
+
+        A later record of the same partition proves that an earlier one will not
+        come again: doubt about it is for the resolver, and a released one, of which
+        nothing was executed, waits in line.
+
+        Returns how many rows changed; 0 without a position.
+
+        """
+        if order.position is None:
+            return 0
+        values = _position(order) | {"msisdn": order.msisdn}
+        with transaction(self._engine) as connection:
+            return sum(
+                connection.execute(statement, values).rowcount
+                for statement in (_OVERTAKE_DOUBT, _OVERTAKE_RELEASED)
+            )
+
+    def put_in_quarantine(self, refused: Refused) -> bool:
+        """Record what can never be executed as it is; a redelivery adds nothing.
+
+        Returns False if it was there already. Either way it is durably recorded.
+
+        """
+        position = refused.position
+        identity = sha256(refused.raw)
+        if position:
+            where = f"\0{position.topic}\0{position.partition}\0{position.offset}"
+            identity.update(where.encode())
+        identity.update(str(refused.announced_bytes).encode())
+        values = {
+            "identity": identity.hexdigest(),
+            "outcome": refused.outcome.value,
+            "detail": refused.detail[:500],
+            "idempotency_key": refused.idempotency_key,
+            "topic": position.topic if position else None,
+            "kafka_partition": position.partition if position else None,
+            "kafka_offset": position.offset if position else None,
+            "raw": refused.raw,
+            "announced_bytes": refused.announced_bytes,
+            "attributes": json.dumps(refused.attributes).encode(),
+        }
+        try:
+            with connected(self._engine) as connection:
+                connection.execute(_QUARANTINE, values)
+        except IntegrityError:
+            return False
+        return True
+
+    def _try_to_claim(self, statement: Any, values: dict[str, Any], token: str) -> bool:
+        try:
+            with self._engine.connect() as connection:
+                return connection.execute(statement, values).rowcount == 1
+        except IntegrityError as error:
+            if is_duplicate(error):
+                return False
+            raise LedgerUnavailable(describe(error)) from None
+        except UNAVAILABLE as error:
+            if is_connection_lost(error):
+                raise ClaimUncertain(token, describe(error)) from None
+            raise LedgerUnavailable(describe(error)) from None
+
+    def _row(self, order: TopUp) -> dict[str, Any]:
+        return {
+            "key": order.idempotency_key,
+            "fingerprint": order.fingerprint,
+            "msisdn": order.msisdn,
+            "channel": _channel(order),
+            "amount_minor": order.amount_minor,
+            "currency": order.currency,
+            "payload": order.payload,
+            "rendered_key": self._profile.render_key(order.idempotency_key),
+            **_position(order),
+        }
+
+
+def _new_token() -> str:
+    return secrets.token_hex(16)
+
+
+def _channel(order: TopUp) -> str:
+    """The channel as it stands in the key: percent-encoded, hence ASCII."""
+    return order.idempotency_key.partition(":")[0]
+
+
+def _position(order: TopUp) -> dict[str, Any]:
+    position = order.position
+    return {
+        "topic": position.topic if position else None,
+        "partition": position.partition if position else None,
+        "offset": position.offset if position else None,
+    }
+
+
+def _check(from_: Status, to: Status) -> None:
+    if to not in TRANSITIONS[from_]:
+        raise IllegalTransition(f"{from_} -> {to}")
+
+
+def _record(connection: Connection, key: str, token: str, answer: Answer) -> None:
+    """Append an attempt's evidence, in the caller's transaction."""
+    connection.execute(
+        _RECORD,
+        {
+            "idempotency_key": key,
+            "token": token,
+            "classified": answer.classified,
+            "is_sent": int(answer.is_sent),
+            "http_status": answer.http_status,
+            "reference": answer.reference,
+            "reason": answer.reason[:64],
+            "words": answer.words,
+        },
+    )
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(
+        idempotency_key=row.idempotency_key,
+        fingerprint=row.fingerprint,
+        status=Status(row.status),
+        token=row.token,
+        is_lease_over=bool(row.is_lease_over),
+        rendered_key=row.rendered_key,
+        sent_age_s=None if row.sent_age_s is None else float(row.sent_age_s),
+        first_sent_age_s=None
+        if row.first_sent_age_s is None
+        else float(row.first_sent_age_s),
+        doubts=row.doubts,
+        last_class=AnswerClass(row.last_class) if row.last_class else None,
+        reference=row.reference,
+        reason=row.reason,
+        have_others_succeeded=bool(row.have_others_succeeded),
+    )
+
+
+# -- The statements, built once: only their values differ from call to call. --------
+
+_KEY: Final = topup.c.idempotency_key == bindparam("key")
+
+
+def _is_paused(channel: Any) -> Any:
+    return exists().where(or_(pause.c.scope == "*", pause.c.scope == channel))
+
+
+def _new_row(status: Status, place: Any, **more: Any) -> tuple[list[str], Select[Any]]:
+    """The columns and the one-row SELECT of an order that is not in the ledger."""
+    values: dict[str, Any] = {
+        "idempotency_key": bindparam("key"),
+        "fingerprint": bindparam("fingerprint"),
+        "status": literal(status.value),
+        "msisdn": bindparam("msisdn"),
+        "channel": bindparam("channel"),
+        "amount_minor": bindparam("amount_minor"),
+        "currency": bindparam("currency"),
+        "payload": bindparam("payload"),
+        "rendered_key": bindparam("rendered_key"),
+        "topic": bindparam("topic"),
+        "kafka_partition": bindparam("partition"),
+        "kafka_offset": bindparam("offset"),
+        "place": place,
+        "created_at": Now(),
+        "updated_at": Now(),
+        "attempts": literal_column("0"),
+        "doubts": literal_column("0"),
+        "reason": literal_column("''"),
+        **more,
+    }
+    # A FROM that every MySQL accepts beside a WHERE.
+    one = select(literal_column("1").label("one")).subquery("one")
+    return list(values), select(*values.values()).select_from(one)
+
+
+_earlier = topup.alias("earlier")
+_unsettled_earlier = and_(
+    _earlier.c.msisdn == bindparam("msisdn"), _earlier.c.unsettled == 1
+)
+
+_columns, _source = _new_row(
+    Status.IN_FLIGHT,
+    Now(),
+    token=bindparam("token"),
+    lease_until=After(bindparam("lease_us")),
+    first_sent_at=Now(),
+    sent_at=Now(),
+    attempts=literal_column("1"),
+)
+_CLAIM: Final = insert(topup).from_select(
+    _columns,
+    _source.where(
+        not_(_is_paused(bindparam("channel"))),
+        not_(exists().where(_unsettled_earlier)),
+    ),
+)
+
+_is_later_here = and_(
+    _earlier.c.topic == bindparam("topic"),
+    _earlier.c.kafka_partition == bindparam("partition"),
+    _earlier.c.kafka_offset > bindparam("offset"),
+)
+_place_before_later = (
+    select(JustBefore(func.min(_earlier.c.place)))
+    .where(_unsettled_earlier, _is_later_here)
+    .scalar_subquery()
+)
+_hold_columns, _hold_source = _new_row(
+    Status.HELD, func.coalesce(_place_before_later, Now())
+)
+_HOLD: Final = insert(topup).from_select(
+    _hold_columns,
+    _hold_source.where(
+        or_(_is_paused(bindparam("channel")), exists().where(_unsettled_earlier))
+    ),
+)
+
+# MySQL reads the table that it updates only through a derived table that it must
+# build first; the LIMIT keeps it from merging it.
+_me = topup.alias("me")
+_first_before_me = (
+    select(literal_column("1").label("one"))
+    .select_from(_earlier.join(_me, _me.c.idempotency_key == bindparam("key")))
+    .where(
+        _earlier.c.msisdn == _me.c.msisdn,
+        _earlier.c.unsettled == 1,
+        is_before(_earlier.c, _me.c),
+    )
+    .limit(literal_column("1"))
+    .subquery("first_before_me")
+)
+_RECLAIM: Final = (
+    update(topup)
+    .where(
+        _KEY,
+        topup.c.status == bindparam("seen_status"),
+        topup.c.token.is_not_distinct_from(bindparam("seen_token")),
+        not_(_is_paused(topup.c.channel)),
+        not_(exists(select(_first_before_me.c.one))),
+    )
+    .values(
+        status=Status.IN_FLIGHT.value,
+        token=bindparam("new_token"),
+        lease_until=After(bindparam("lease_us")),
+        first_sent_at=func.coalesce(topup.c.first_sent_at, Now()),
+        sent_at=Now(),
+        updated_at=Now(),
+        attempts=topup.c.attempts + 1,
+    )
+)
+
+_stands_before = and_(
+    _earlier.c.msisdn == bindparam("msisdn"),
+    _earlier.c.unsettled == 1,
+    _earlier.c.idempotency_key != bindparam("key"),
+    case(
+        (topup.c.place.is_not(None), is_before(_earlier.c, topup.c)),
+        # Not recorded yet: behind all but the later offsets of its own partition.
+        else_=not_(func.coalesce(_is_later_here, literal_column("0"))),
+    ),
+)
+_ENTRY_COLUMNS: Final = (
+    "idempotency_key",
+    "fingerprint",
+    "status",
+    "token",
+    "rendered_key",
+    "doubts",
+    "last_class",
+    "reference",
+    "reason",
+)
+_other = topup.alias("other")
+_others_succeeded = exists().where(
+    _other.c.status.in_(_ANSWERED),
+    _other.c.updated_at > topup.c.first_sent_at,
+    _other.c.msisdn != topup.c.msisdn,
+)
+_LOOK: Final = select(
+    *(topup.c[name] for name in _ENTRY_COLUMNS),
+    AgeS(topup.c.sent_at).label("sent_age_s"),
+    AgeS(topup.c.first_sent_at).label("first_sent_age_s"),
+    case((topup.c.lease_until < Now(), 1), else_=0).label("is_lease_over"),
+    case(
+        (and_(topup.c.status == Status.IN_DOUBT.value, _others_succeeded), 1), else_=0
+    ).label("have_others_succeeded"),
+    _is_paused(bindparam("channel")).label("is_paused"),
+    select(_earlier.c.status)
+    .where(_stands_before)
+    .order_by(_earlier.c.place, _earlier.c.idempotency_key)
+    .limit(literal_column("1"))
+    .scalar_subquery()
+    .correlate(topup)
+    .label("blocker"),
+    exists()
+    .where(_stands_before, _earlier.c.status.in_((Status.PARKED, Status.HELD)))
+    .correlate(topup)
+    .label("is_stuck"),
+).select_from(
+    select(literal_column("1").label("one"))
+    .subquery("one")
+    .outerjoin(topup, and_(true(), _KEY))
+)
+
+_HOLDS_CLAIM: Final = and_(
+    _KEY,
+    topup.c.status == Status.IN_FLIGHT.value,
+    topup.c.token == bindparam("claim_token"),
+)
+_ANSWER_VALUES: Final = {
+    "status": bindparam("to_status"),
+    "reference": bindparam("to_reference"),
+    "updated_at": Now(),
+}
+_SETTLE: Final = (
+    update(topup)
+    .where(_HOLDS_CLAIM)
+    .values(reason=bindparam("to_reason"), **_ANSWER_VALUES)
+)
+_GIVE_BACK: Final = (
+    update(topup)
+    .where(_HOLDS_CLAIM)
+    .values(
+        status=case(
+            (topup.c.doubts > 0, Status.IN_DOUBT.value), else_=Status.RELEASED.value
+        ),
+        last_class=bindparam("to_class"),
+        updated_at=Now(),
+    )
+)
+_DOUBT: Final = (
+    update(topup)
+    .where(_HOLDS_CLAIM)
+    .values(
+        status=bindparam("to_status"),
+        last_class=bindparam("to_class"),
+        doubts=topup.c.doubts + 1,
+        updated_at=Now(),
+    )
+)
+_EXPIRE: Final = (
+    update(topup)
+    .where(_HOLDS_CLAIM, topup.c.lease_until < Now())
+    .values(
+        status=Status.IN_DOUBT.value,
+        last_class=AnswerClass.UNKNOWN.value,
+        doubts=topup.c.doubts + 1,
+        updated_at=Now(),
+    )
+)
+_AS_SEEN: Final = and_(
+    _KEY,
+    topup.c.status == bindparam("seen_status"),
+    topup.c.token.is_not_distinct_from(bindparam("seen_token")),
+)
+_END_DOUBT: Final = (
+    update(topup)
+    .where(_AS_SEEN)
+    .values(reason=bindparam("to_reason"), **_ANSWER_VALUES)
+)
+_PARK: Final = (
+    update(topup).where(_AS_SEEN).values(status=Status.PARKED.value, updated_at=Now())
+)
+_SETTLE_UNHELD: Final = (
+    update(topup)
+    .where(_KEY, topup.c.status.in_([status.value for status in _UNHELD]))
+    .values(**_ANSWER_VALUES)
+)
+_EARLIER_HERE: Final = and_(
+    topup.c.msisdn == bindparam("msisdn"),
+    topup.c.topic == bindparam("topic"),
+    topup.c.kafka_partition == bindparam("partition"),
+    topup.c.kafka_offset < bindparam("offset"),
+)
+_OVERTAKE_DOUBT: Final = (
+    update(topup)
+    .where(
+        _EARLIER_HERE,
+        or_(
+            topup.c.status == Status.IN_DOUBT.value,
+            and_(topup.c.status == Status.IN_FLIGHT.value, topup.c.lease_until < Now()),
+        ),
+    )
+    .values(
+        status=Status.PARKED.value,
+        doubts=case((topup.c.doubts == 0, 1), else_=topup.c.doubts),
+        updated_at=Now(),
+    )
+)
+_OVERTAKE_RELEASED: Final = (
+    update(topup)
+    .where(_EARLIER_HERE, topup.c.status == Status.RELEASED.value)
+    .values(status=Status.HELD.value, updated_at=Now())
+)
+_RECORD: Final = insert(attempt).values(recorded_at=Now())
+_QUARANTINE: Final = insert(quarantine).values(recorded_at=Now())

@@ -1,0 +1,211 @@
+"""Composition root: wires the parts, and gives each outcome its HTTP status.
+
+Owns the functions-framework target `handle_topup`; must never decide anything about
+an order. Loaded by path, as module `main`: nothing else may import it.
+"""
+
+import functools
+from typing import Final
+
+import flask
+import functions_framework
+
+from function import telemetry
+from function.api_auth import make_authenticator
+from function.api_profile import load_profile
+from function.config import Settings
+from function.database import make_engine
+from function.door import ANNOUNCED_BYTES, Door, draining
+from function.errors import (
+    InvalidEvent,
+    LedgerUnavailable,
+    MalformedEvent,
+    SettingsError,
+    UnknownEventType,
+)
+from function.events import attributes_of, position_of, read_topup, reply_to
+from function.ledger import Ledger
+from function.migrate import require_migrated
+from function.model import Outcome, Receipt, Refused, TopUp
+from function.processing import Processing
+from function.recharge_api import RechargeApi
+
+#: The contract (DESIGN section 3). Knative's Kafka dispatcher delivers 404, 408, 409,
+#: 429 and everything from 500 again; any other 3xx or 4xx it dead-letters at once.
+STATUS: Final[dict[Outcome, int]] = {
+    Outcome.SUCCEEDED: 200,
+    Outcome.ACCEPTED: 200,
+    Outcome.REJECTED: 422,
+    Outcome.ABANDONED: 422,
+    Outcome.MALFORMED: 400,
+    Outcome.INVALID: 400,
+    Outcome.TOO_LARGE: 413,
+    Outcome.KEY_REUSED: 422,
+    Outcome.UNKNOWN_TYPE: 503,
+    Outcome.IN_FLIGHT: 409,
+    Outcome.WAITING: 409,
+    Outcome.RELEASED: 503,
+    Outcome.IN_DOUBT: 503,
+    Outcome.PARKED: 424,
+    Outcome.HELD: 424,
+    Outcome.REFUSED_US: 503,
+    Outcome.PAUSED: 503,
+    Outcome.DRAINING: 503,
+    Outcome.LEDGER_UNAVAILABLE: 503,
+    Outcome.UNFORESEEN: 503,
+}
+
+#: Of an event that is too large so much is kept.
+_KEPT_OF_TOO_LARGE: Final = 16 * 1024
+
+
+class Services:
+    """The parts of one process, made on first use: the server forks before that."""
+
+    def __init__(self, settings: Settings) -> None:
+        profile = load_profile(settings)
+        self.engine = make_engine(settings)
+        self.ledger = Ledger(self.engine, profile, lease_s=settings.ledger_lease_s)
+        self.api = RechargeApi(settings, profile, make_authenticator(settings))
+        self.processing = Processing(
+            self.ledger,
+            self.api,
+            profile,
+            deadline_s=settings.recharge_api_deadline_s,
+            lease_s=settings.ledger_lease_s,
+            useless_answers_max=settings.recharge_api_useless_answers_max,
+            is_draining=draining.is_set,
+            alert=telemetry.alert,
+        )
+
+
+def _settings() -> Settings:
+    """Read the settings, or refuse to start with one line that names what is wrong."""
+    try:
+        settings = Settings.from_env()
+        load_profile(settings)
+        make_engine(settings).dispose()
+    except SettingsError as error:
+        raise SystemExit(f"topup: {error}") from None
+    return settings
+
+
+settings: Final = _settings()
+telemetry.configure(settings.log_level)
+flask.current_app.wsgi_app = Door(  # type: ignore[method-assign]
+    flask.current_app.wsgi_app,
+    bytes_max=settings.event_bytes_max,
+    timeout_s=settings.event_read_timeout_s,
+)
+
+
+@functools.cache
+def services() -> Services:
+    """The parts of this process."""
+    return Services(settings)
+
+
+@functools.cache
+def _require_ready() -> None:
+    """Raise until the ledger's schema was seen once, as this version needs it."""
+    require_migrated(services().engine)
+
+
+@functions_framework.http
+def handle_topup(request: flask.Request) -> flask.Response:
+    """Answer one delivery; also `GET /healthz` and `GET /readyz`."""
+    try:
+        if request.method != "POST":
+            return _probe(request.path)
+        return _deliver(request)
+    except LedgerUnavailable as error:
+        telemetry.alert("ledger_unavailable", "", str(error))
+        return _respond(Receipt(Outcome.LEDGER_UNAVAILABLE))
+    # Whatever we didn't foresee: the record must come again, nothing may leak.
+    except Exception as error:  # noqa: BLE001
+        telemetry.error("unforeseen", error, path=request.path)
+        return flask.Response(status=STATUS[Outcome.UNFORESEEN])
+
+
+def _probe(path: str) -> flask.Response:
+    """Liveness never touches the database; readiness asks it once."""
+    if path == "/healthz":
+        return flask.Response(status=200)
+    if path == "/readyz":
+        _require_ready()
+        return flask.Response(status=503 if draining.is_set() else 200)
+    # Not 405: a 404 is delivered again, so a record can't be lost by a wrong method.
+    return flask.Response(status=404)
+
+
+def _deliver(request: flask.Request) -> flask.Response:
+    body = request.get_data(cache=False)
+    headers = dict(request.headers.items())
+    if draining.is_set():
+        return _respond(Receipt(Outcome.DRAINING))
+    if len(body) > settings.event_bytes_max:
+        announced = int(request.environ[ANNOUNCED_BYTES])
+        body = body[:_KEPT_OF_TOO_LARGE]
+        return _refuse(
+            Outcome.TOO_LARGE, "larger than allowed", headers, body, announced
+        )
+    try:
+        order = read_topup(headers, body, settings.event_type)
+    except UnknownEventType as error:
+        telemetry.alert("unknown_event_type", "", str(error))
+        return _respond(Receipt(Outcome.UNKNOWN_TYPE))
+    except (MalformedEvent, InvalidEvent) as error:
+        outcome = (
+            Outcome.INVALID if isinstance(error, InvalidEvent) else Outcome.MALFORMED
+        )
+        return _refuse(outcome, str(error), headers, body, len(body))
+    receipt = services().processing.process(order)
+    _log(order, receipt)
+    return _respond(receipt, order)
+
+
+def _refuse(
+    outcome: Outcome, detail: str, headers: dict[str, str], raw: bytes, announced: int
+) -> flask.Response:
+    """Record what can never be executed, and only then say so."""
+    position = position_of(headers)
+    refused = Refused(outcome, detail, raw, announced, attributes_of(headers), position)
+    is_new = services().ledger.put_in_quarantine(refused)
+    telemetry.log(
+        "delivery",
+        outcome=outcome.value,
+        reason=detail,
+        repetition=not is_new,
+        event_id=headers.get("Ce-Id", "")[:200],
+        partition=position.partition if position else None,
+        offset=position.offset if position else None,
+    )
+    return _respond(Receipt(outcome, reason=detail))
+
+
+def _respond(receipt: Receipt, order: TopUp | None = None) -> flask.Response:
+    """A 2xx carries a CloudEvent; everything else says its outcome and reason."""
+    status = STATUS[receipt.outcome]
+    if order is not None and status == STATUS[Outcome.SUCCEEDED]:
+        headers, body = reply_to(order, receipt, settings.event_type)
+        return flask.Response(body, status, headers)
+    response = flask.jsonify(outcome=receipt.outcome.value, reason=receipt.reason)
+    response.status_code = status
+    return response
+
+
+def _log(order: TopUp, receipt: Receipt) -> None:
+    position = order.position
+    telemetry.log(
+        "delivery",
+        key=order.idempotency_key,
+        event_id=order.event_id[:200],
+        attempt=receipt.attempt,
+        outcome=receipt.outcome.value,
+        reason=receipt.reason or None,
+        reference=receipt.reference,
+        repetition=receipt.is_repetition,
+        subscriber=telemetry.mask(order.msisdn),
+        partition=position.partition if position else None,
+        offset=position.offset if position else None,
+    )

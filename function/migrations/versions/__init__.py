@@ -1,0 +1,1 @@
+"""One file a revision, numbered; each must let the version before it run on."""

@@ -1,0 +1,400 @@
+"""The use case: claim, recharge, settle; and what a delivery that comes again meets.
+
+Owns the order of the steps and every decision about doubt; must never do I/O itself
+or import a library: the ledger and the recharge API are handed in.
+
+    claim   one statement, committed before the call
+    call    once, under a hard deadline that is shorter than the claim's lease
+    settle  one statement, committed before the 2xx
+
+A process may die at every `# Crash here:`; the comment says what is on disk then.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
+from typing import Final, Protocol
+
+from function.api_profile import ApiProfile, Kind
+from function.errors import ClaimUncertain, LedgerUnavailable
+from function.model import (
+    NOTHING_EXECUTED,
+    Answer,
+    AnswerClass,
+    Claim,
+    Entry,
+    Finding,
+    Line,
+    LookUp,
+    Outcome,
+    Receipt,
+    Refused,
+    Status,
+    TopUp,
+)
+
+#: How often a delivery that loses a race looks again before it is told to come back.
+_ROUNDS_MAX: Final = 4
+#: Answers kept in memory because the ledger could not be reached after the call.
+_OWED_MAX: Final = 10_000
+#: Pause between two tries to settle, in seconds.
+_SETTLE_PAUSE_S: Final = 0.2
+
+_SETTLED: Final = {
+    Status.SUCCEEDED: Outcome.SUCCEEDED,
+    Status.ACCEPTED: Outcome.ACCEPTED,
+    Status.REJECTED: Outcome.REJECTED,
+    Status.ABANDONED: Outcome.ABANDONED,
+}
+_FINAL: Final = {
+    AnswerClass.DONE: Outcome.SUCCEEDED,
+    AnswerClass.ACCEPTED: Outcome.ACCEPTED,
+    AnswerClass.NO: Outcome.REJECTED,
+}
+_NOT_SENT: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="claim_uncertain")
+
+
+class LedgerPort(Protocol):
+    """What processing needs of the ledger; `function.ledger.Ledger` promises it."""
+
+    def claim(self, order: TopUp) -> Claim | None: ...
+    def reclaim(self, entry: Entry) -> Claim | None: ...
+    def look(self, order: TopUp) -> tuple[Entry | None, Line]: ...
+    def settle(self, key: str, token: str, answer: Answer) -> bool: ...
+    def give_back(self, key: str, token: str, answer: Answer) -> bool: ...
+    def doubt(
+        self, key: str, token: str, answer: Answer, *, is_parked: bool
+    ) -> bool: ...
+    def expire(self, entry: Entry) -> bool: ...
+    def end_doubt(self, entry: Entry, answer: Answer) -> bool: ...
+    def park(self, entry: Entry) -> bool: ...
+    def keep_evidence(self, key: str, token: str, answer: Answer) -> bool: ...
+    def hold(self, order: TopUp) -> bool: ...
+    def overtake(self, order: TopUp) -> int: ...
+    def put_in_quarantine(self, refused: Refused) -> bool: ...
+
+
+class RechargeApiPort(Protocol):
+    """What processing needs of the recharge API."""
+
+    def recharge(self, order: TopUp, rendered_key: str, deadline: float) -> Answer: ...
+    def look_up(self, rendered_key: str) -> LookUp: ...
+
+
+class Processing:
+    """Turns a TopUp into exactly one effective recharge, or says what is known.
+
+    Args:
+        ledger: remembers.
+        api: moves the credit.
+        profile: what the API does about a repeated key.
+        deadline_s: hard end of a call, in seconds from before its claim.
+        lease_s: the claims' lease, in seconds; greater than `deadline_s`.
+        useless_answers_max: unknown outcomes after which a `replay` order is parked,
+            if others succeed meanwhile.
+        is_draining: true once no new call may begin.
+        alert: told of what a person must look at: an action and the key.
+        monotonic: the pod's clock, in seconds.
+        sleep: waits between two tries to settle.
+
+    """
+
+    def __init__(
+        self,
+        ledger: LedgerPort,
+        api: RechargeApiPort,
+        profile: ApiProfile,
+        *,
+        deadline_s: float,
+        lease_s: float,
+        useless_answers_max: int = 5,
+        is_draining: Callable[[], bool] = lambda: False,
+        alert: Callable[[str, str, str], None] = lambda _action, _key, _reason: None,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._ledger = ledger
+        self._api = api
+        self._profile = profile
+        self._deadline_s = deadline_s
+        self._lease_s = lease_s
+        self._useless_answers_max = useless_answers_max
+        self._is_draining = is_draining
+        self._alert = alert
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._owed = _Owed()
+
+    def process(self, order: TopUp) -> Receipt:
+        """Bring one delivery of an order to an outcome.
+
+        Raises:
+            LedgerUnavailable: answer 503; the record comes again and meets whatever
+                was committed.
+
+        """
+        for _ in range(_ROUNDS_MAX):
+            if self._is_draining():
+                return Receipt(Outcome.DRAINING)
+            # Crash here: nothing happened; the redelivery begins anew
+            # (tests/e2e/test_crash_points.py: before_claim).
+            started = self._monotonic()
+            claim = self._claim(
+                order.idempotency_key, lambda: self._ledger.claim(order)
+            )
+            if claim is not None:
+                return self._recharge(order, claim, started)
+            entry, line = self._ledger.look(order)
+            if entry is None:
+                # Its own record may not come again, so it is recorded before it is
+                # sent away (DESIGN section 4, rule 9).
+                self._ledger.hold(order)
+                continue
+            if entry.fingerprint != order.fingerprint:
+                return self._refuse_reused_key(order)
+            receipt = self._resume(order, entry, line)
+            if receipt is not None:
+                return receipt
+        return Receipt(Outcome.IN_FLIGHT, reason="contended")
+
+    def _resume(self, order: TopUp, entry: Entry, line: Line) -> Receipt | None:
+        """Go on where the ledger says this order stands; None means look again."""
+        settled = _SETTLED.get(entry.status)
+        if settled is not None:
+            return _repetition(settled, entry)
+        owed = self._owed.get(entry.token)
+        if owed is not None and entry.token is not None:
+            # This pod knows what the ledger could not be told.
+            claim = _claim_of(entry, entry.token)
+            return self._finish(order, claim, owed, self._monotonic())
+        if entry.status is Status.PARKED:
+            return _repetition(Outcome.PARKED, entry)
+        if entry.status is Status.IN_FLIGHT:
+            if not entry.is_lease_over:
+                return Receipt(Outcome.IN_FLIGHT)
+            self._ledger.expire(entry)
+            return None
+        if line.is_paused or line.blocker is not None:
+            return self._wait(order, line)
+        if entry.status is Status.IN_DOUBT:
+            return self._settle_doubt(order, entry)
+        return self._send_again(order, entry)
+
+    def _wait(self, order: TopUp, line: Line) -> Receipt | None:
+        """Say why it can't run now; what the source has given up on is parked."""
+        if line.is_paused:
+            return Receipt(Outcome.PAUSED)
+        if line.is_stuck:
+            return Receipt(Outcome.HELD)
+        if self._ledger.overtake(order):
+            self._alert("earlier_overtaken", order.idempotency_key, "source_gave_up")
+            return None
+        return Receipt(Outcome.WAITING)
+
+    def _send_again(self, order: TopUp, entry: Entry) -> Receipt | None:
+        """Claim a known row anew and send; None means that it changed meanwhile."""
+        if self._is_draining():
+            return Receipt(Outcome.DRAINING)
+        started = self._monotonic()
+        claim = self._claim(entry.idempotency_key, lambda: self._ledger.reclaim(entry))
+        return None if claim is None else self._recharge(order, claim, started)
+
+    def _claim(self, key: str, attempt: Callable[[], Claim | None]) -> Claim | None:
+        """Claim, or disown what may have been claimed: never send without knowing."""
+        try:
+            return attempt()
+        except ClaimUncertain as uncertain:
+            self._owed.put(uncertain.token, _NOT_SENT)
+            if self._ledger.give_back(key, uncertain.token, _NOT_SENT):
+                self._owed.drop(uncertain.token)
+            raise
+
+    def _recharge(self, order: TopUp, claim: Claim, started: float) -> Receipt:
+        """Call the API under a claim, and write down how it ended."""
+        # Crash here: in flight, and its lease runs out; the redelivery treats it as
+        # in doubt (test_crash_points: after_claim, before_send, after_execution).
+        deadline = started + self._deadline_s
+        answer = self._api.recharge(order, claim.rendered_key, deadline)
+        # Crash here: as above, though the answer was here (after_answer).
+        return self._finish(order, claim, answer, started + self._lease_s)
+
+    def _finish(
+        self, order: TopUp, claim: Claim, answer: Answer, give_up_at: float
+    ) -> Receipt:
+        """Write the answer; try again until the lease is over, then owe it."""
+        self._owed.put(claim.token, answer)
+        while True:
+            try:
+                receipt = self._write(order, claim, answer)
+            except LedgerUnavailable as error:
+                if self._monotonic() + _SETTLE_PAUSE_S >= give_up_at:
+                    # The log is the second memory, should this process die, too.
+                    self._alert(
+                        "answer_owed",
+                        order.idempotency_key,
+                        f"{answer.classified}:{answer.reference}:{error}",
+                    )
+                    raise
+                self._sleep(_SETTLE_PAUSE_S)
+            else:
+                self._owed.drop(claim.token)
+                # Crash here: settled; the redelivery is a repetition (after_settle).
+                return receipt
+
+    def _write(self, order: TopUp, claim: Claim, answer: Answer) -> Receipt:
+        """One transition for one answer, by the token; fenced off, read again."""
+        key, token = order.idempotency_key, claim.token
+        outcome = self._outcome(claim, answer)
+        if outcome in {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED}:
+            is_written = self._ledger.settle(key, token, answer)
+        elif outcome in {Outcome.RELEASED, Outcome.REFUSED_US}:
+            is_written = self._ledger.give_back(key, token, answer)
+            if claim.is_doubted:
+                outcome = Outcome.IN_DOUBT
+        else:
+            is_parked = outcome is Outcome.PARKED
+            is_written = self._ledger.doubt(key, token, answer, is_parked=is_parked)
+        if not is_written:
+            return self._fenced_off(order, claim, answer)
+        if outcome in {Outcome.PARKED, Outcome.REFUSED_US} or (
+            answer.classified is AnswerClass.OURS
+        ):
+            self._alert(outcome.value, key, answer.reason)
+        reason = answer.reason if outcome is not Outcome.SUCCEEDED else ""
+        return Receipt(outcome, answer.reference, reason, attempt=token)
+
+    def _outcome(self, claim: Claim, answer: Answer) -> Outcome:
+        """What an answer means for an order, given what is known of it (pure)."""
+        kind = self._profile.kind
+        if answer.classified is AnswerClass.NO and claim.is_doubted:
+            # A no to the second send says nothing about the first, unless the API
+            # answers by the key, or the first was looked up and found absent.
+            is_final = kind in {Kind.REPLAY, Kind.REFUSE, Kind.LOOKUP}
+            return Outcome.REJECTED if is_final else Outcome.PARKED
+        final = _FINAL.get(answer.classified)
+        if final is not None:
+            return final
+        if answer.classified in NOTHING_EXECUTED or not answer.is_sent:
+            is_ours = answer.classified is AnswerClass.OURS
+            return Outcome.REFUSED_US if is_ours else Outcome.RELEASED
+        return Outcome.PARKED if kind is Kind.NONE else Outcome.IN_DOUBT
+
+    def _fenced_off(self, order: TopUp, claim: Claim, answer: Answer) -> Receipt:
+        """Another took the claim over: keep the evidence, answer what the row says."""
+        key = order.idempotency_key
+        entry, _ = self._ledger.look(order)
+        settled = _SETTLED.get(entry.status) if entry else None
+        if entry and settled and entry.token == claim.token:
+            # Our own settlement, whose answer was lost.
+            return Receipt(settled, entry.reference, entry.reason, attempt=claim.token)
+        if self._ledger.keep_evidence(key, claim.token, answer):
+            outcome = _FINAL[answer.classified]
+            return Receipt(outcome, answer.reference, attempt=claim.token)
+        if entry and settled:
+            if settled is not _FINAL.get(answer.classified, settled):
+                self._alert("evidence_contradicts", key, answer.classified)
+            return _repetition(settled, entry)
+        return Receipt(Outcome.IN_FLIGHT, reason="fenced_off", attempt=claim.token)
+
+    def _settle_doubt(self, order: TopUp, entry: Entry) -> Receipt | None:
+        """Find out what became of the last attempt, as far as the API can tell."""
+        kind = self._profile.kind
+        if kind is Kind.REPLAY:
+            if (entry.first_sent_age_s or 0.0) >= self._profile.window_s:
+                # A repeated key protects no more, so it is never sent again.
+                kind = self._profile.kind_after_window
+            elif (
+                entry.doubts >= self._useless_answers_max
+                and entry.have_others_succeeded
+            ):
+                return self._park(entry, "useless_answers")
+            else:
+                return self._send_again(order, entry)
+        if kind in {Kind.REFUSE, Kind.LOOKUP}:
+            return self._look_up(order, entry)
+        return self._park(entry, "cannot_be_found_out")
+
+    def _look_up(self, order: TopUp, entry: Entry) -> Receipt | None:
+        found = self._api.look_up(entry.rendered_key)
+        match found.finding:
+            case Finding.EXECUTED:
+                answer = Answer(AnswerClass.DONE, reference=found.reference)
+                return self._end_doubt(entry, answer)
+            case Finding.FAILED:
+                answer = Answer(AnswerClass.NO, reason="looked_up_failed")
+                return self._end_doubt(entry, answer)
+            case Finding.SEVERAL:
+                self._alert("executed_several_times", entry.idempotency_key, "")
+                return self._park(entry, "executed_several_times")
+            case Finding.ABSENT:
+                return self._absent(order, entry)
+        return Receipt(Outcome.IN_DOUBT, reason=found.reason or found.finding.value)
+
+    def _absent(self, order: TopUp, entry: Entry) -> Receipt | None:
+        """Nothing found: proof only once the attempt can't land any more."""
+        if (entry.sent_age_s or 0.0) <= self._profile.settle_s:
+            return Receipt(Outcome.IN_DOUBT, reason="not_settled_yet")
+        if entry.last_class is AnswerClass.SAME_REFERENCE:
+            # The API knows the reference and yet finds nothing: it contradicts itself.
+            return self._park(entry, "used_but_absent")
+        if self._profile.kind is Kind.REPLAY:
+            return self._park(entry, "window_over")
+        return self._send_again(order, entry)
+
+    def _end_doubt(self, entry: Entry, answer: Answer) -> Receipt | None:
+        if not self._ledger.end_doubt(entry, answer):
+            return None
+        reason = answer.reason
+        return Receipt(_FINAL[answer.classified], answer.reference, reason)
+
+    def _park(self, entry: Entry, reason: str) -> Receipt | None:
+        if not self._ledger.park(entry):
+            return None
+        self._alert(Outcome.PARKED.value, entry.idempotency_key, reason)
+        return Receipt(Outcome.PARKED, reason=reason)
+
+    def _refuse_reused_key(self, order: TopUp) -> Receipt:
+        refused = Refused(
+            Outcome.KEY_REUSED,
+            "the idempotency key belongs to an order with other content",
+            order.payload,
+            len(order.payload),
+            {"id": order.event_id, "source": order.event_source},
+            order.position,
+            order.idempotency_key,
+        )
+        self._ledger.put_in_quarantine(refused)
+        self._alert(Outcome.KEY_REUSED.value, order.idempotency_key, "")
+        return Receipt(Outcome.KEY_REUSED)
+
+
+def _repetition(outcome: Outcome, entry: Entry) -> Receipt:
+    return Receipt(outcome, entry.reference, entry.reason, is_repetition=True)
+
+
+def _claim_of(entry: Entry, token: str) -> Claim:
+    is_doubted = entry.doubts > 0
+    return Claim(token, entry.rendered_key, is_doubted)
+
+
+class _Owed:
+    """Answers by token that the ledger has not been told yet; forgets the oldest."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._lock = Lock()
+
+    def put(self, token: str, answer: Answer) -> None:
+        with self._lock:
+            self._answers[token] = answer
+            if len(self._answers) > _OWED_MAX:
+                self._answers.popitem(last=False)
+
+    def get(self, token: str | None) -> Answer | None:
+        with self._lock:
+            return self._answers.get(token) if token else None
+
+    def drop(self, token: str) -> None:
+        with self._lock:
+            self._answers.pop(token, None)

@@ -1,0 +1,258 @@
+"""The ledger's tables and the few SQL words that differ between databases.
+
+Owns the schema as SQLAlchemy tables (migrations/ builds the same, a test compares
+them); must never execute anything.
+"""
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Computed,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    and_,
+    or_,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.expression import FunctionElement
+
+from function.model import UNSETTLED, Status
+
+metadata: Final = MetaData()
+
+
+def ascii_text(length: int) -> String:
+    """Text that compares byte by byte: never equal by case, accent or blank."""
+    return String(length).with_variant(
+        mysql.VARCHAR(length, charset="ascii", collation="ascii_bin"),
+        "mysql",
+        "mariadb",
+    )
+
+
+def unicode_text(length: int) -> String:
+    """Text of others, such as the recharge API's words."""
+    return String(length).with_variant(
+        mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin"),
+        "mysql",
+        "mariadb",
+    )
+
+
+#: MySQL's DATETIME has no fractions unless asked.
+_MOMENT: Final = DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+#: MySQL's BLOB ends at 64 KiB; an event may have 256 KiB.
+_BYTES: Final = LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
+#: SQLite numbers rows by itself only in a column of type INTEGER.
+_ROW_NUMBER: Final = BigInteger().with_variant(Integer(), "sqlite")
+
+_UNSETTLED_SQL: Final = ", ".join(f"'{status}'" for status in sorted(UNSETTLED))
+
+#: One row an idempotency key.
+topup: Final = Table(
+    "topup",
+    metadata,
+    #: channel and rechargeId, percent-encoded.
+    Column("idempotency_key", ascii_text(200), primary_key=True),
+    #: Tells a redelivery from a reused key.
+    Column("fingerprint", ascii_text(64), nullable=False),
+    Column("status", ascii_text(16), nullable=False),
+    #: Personal: whose order it is.
+    Column("msisdn", ascii_text(16), nullable=False),
+    #: The key's first part: what `pause` can name.
+    Column("channel", ascii_text(200), nullable=False),
+    Column("amount_minor", BigInteger, nullable=False),
+    Column("currency", ascii_text(3), nullable=False),
+    #: Personal: the event's data, from which a held top-up is run.
+    Column("payload", _BYTES, nullable=False),
+    Column("topic", unicode_text(249)),
+    Column("kafka_partition", Integer),
+    Column("kafka_offset", BigInteger),
+    #: Its place among its subscriber's: arrival, or before a later offset of its
+    #: own partition that came first. Never changes.
+    Column("place", _MOMENT, nullable=False),
+    Column("created_at", _MOMENT, nullable=False),
+    #: Last change of status.
+    Column("updated_at", _MOMENT, nullable=False),
+    #: The last attempt's fence.
+    Column("token", ascii_text(32)),
+    Column("lease_until", _MOMENT),
+    #: What the recharge API is given as the key.
+    Column("rendered_key", ascii_text(200), nullable=False),
+    #: When the first and the last attempt were claimed, so never after their send.
+    Column("first_sent_at", _MOMENT),
+    Column("sent_at", _MOMENT),
+    #: Claims so far, and how many of them ended without a known outcome.
+    Column("attempts", Integer, nullable=False),
+    Column("doubts", Integer, nullable=False),
+    #: Class of the last answer that was not a plain success.
+    Column("last_class", ascii_text(16)),
+    #: The recharge API's reference and its reason.
+    Column("reference", unicode_text(200)),
+    Column("reason", ascii_text(64), nullable=False),
+    #: 1 while a later top-up of the subscriber must wait, else NULL.
+    Column(
+        "unsettled",
+        Integer,
+        Computed(f"CASE WHEN status IN ({_UNSETTLED_SQL}) THEN 1 END", persisted=True),
+    ),
+    #: 1 while in flight, else NULL: the database refuses two in one subscriber.
+    Column(
+        "active",
+        Integer,
+        Computed(f"CASE WHEN status = '{Status.IN_FLIGHT}' THEN 1 END", persisted=True),
+    ),
+    UniqueConstraint("msisdn", "active", name="one_in_flight_a_subscriber"),
+    Index("line", "msisdn", "unsettled", "place"),
+    Index("by_status", "status", "updated_at"),
+)
+
+#: Append-only: how each attempt ended that was no plain success.
+attempt: Final = Table(
+    "attempt",
+    metadata,
+    Column("id", _ROW_NUMBER, primary_key=True, autoincrement=True),
+    Column("idempotency_key", ascii_text(200), nullable=False),
+    Column("token", ascii_text(32), nullable=False),
+    Column("recorded_at", _MOMENT, nullable=False),
+    Column("classified", ascii_text(16), nullable=False),
+    #: 0 only if it is proven that nothing left us.
+    Column("is_sent", Integer, nullable=False),
+    Column("http_status", Integer),
+    Column("reference", unicode_text(200)),
+    Column("reason", ascii_text(64), nullable=False),
+    #: The API's own words; foreign text, never logged.
+    Column("words", unicode_text(500), nullable=False),
+    Index("attempts_of", "idempotency_key", "id"),
+)
+
+#: What was recorded and can never be executed as it is.
+quarantine: Final = Table(
+    "quarantine",
+    metadata,
+    Column("id", _ROW_NUMBER, primary_key=True, autoincrement=True),
+    #: SHA-256 of topic, partition, offset and bytes, or of the bytes alone: a
+    #: redelivery adds nothing, a recreated topic's other record does.
+    Column("identity", ascii_text(64), nullable=False, unique=True),
+    Column("outcome", ascii_text(16), nullable=False),
+    Column("detail", unicode_text(500), nullable=False),
+    Column("idempotency_key", ascii_text(200)),
+    Column("topic", unicode_text(249)),
+    Column("kafka_partition", Integer),
+    Column("kafka_offset", BigInteger),
+    #: Personal, perhaps: the bytes as they came, 16 KiB of them if too large.
+    Column("raw", _BYTES, nullable=False),
+    Column("announced_bytes", BigInteger, nullable=False),
+    #: The request's attributes as JSON.
+    Column("attributes", _BYTES, nullable=False),
+    Column("recorded_at", _MOMENT, nullable=False),
+)
+
+#: A row stops new calls: scope `*`, or one channel.
+pause: Final = Table(
+    "pause",
+    metadata,
+    Column("scope", ascii_text(200), primary_key=True),
+    Column("paused_by", unicode_text(200), nullable=False),
+    Column("reason", unicode_text(500), nullable=False),
+    Column("paused_at", _MOMENT, nullable=False),
+)
+
+
+class Now(FunctionElement[Any]):
+    """The database's clock, in UTC: the only one that leases know."""
+
+    type = DateTime()
+    inherit_cache = True
+
+
+class After(FunctionElement[Any]):
+    """The database's clock plus some microseconds."""
+
+    type = DateTime()
+    inherit_cache = True
+
+
+class JustBefore(FunctionElement[Any]):
+    """The least moment before another that the database can tell apart."""
+
+    type = DateTime()
+    inherit_cache = True
+
+
+class AgeS(FunctionElement[Any]):
+    """Seconds between a moment and the database's now."""
+
+    type = Float()
+    inherit_cache = True
+
+
+_SQLITE_FORMAT: Final = "'%Y-%m-%d %H:%M:%f'"
+
+
+def _arguments(element: FunctionElement[Any], compiler: Any, **kw: Any) -> str:
+    return str(compiler.process(element.clauses, **kw))
+
+
+@compiles(Now)
+def _now(_element: Now, _compiler: Any, **_: Any) -> str:
+    return "UTC_TIMESTAMP(6)"
+
+
+@compiles(Now, "sqlite")
+def _now_sqlite(_element: Now, _compiler: Any, **_: Any) -> str:
+    return f"strftime({_SQLITE_FORMAT}, 'now')"
+
+
+@compiles(After)
+def _after(element: After, compiler: Any, **kw: Any) -> str:
+    micros = _arguments(element, compiler, **kw)
+    return f"TIMESTAMPADD(MICROSECOND, {micros}, UTC_TIMESTAMP(6))"
+
+
+@compiles(After, "sqlite")
+def _after_sqlite(element: After, compiler: Any, **kw: Any) -> str:
+    micros = _arguments(element, compiler, **kw)
+    return f"strftime({_SQLITE_FORMAT}, 'now', ({micros} / 1e6) || ' seconds')"
+
+
+@compiles(JustBefore)
+def _just_before(element: JustBefore, compiler: Any, **kw: Any) -> str:
+    moment = _arguments(element, compiler, **kw)
+    return f"TIMESTAMPADD(MICROSECOND, -1, {moment})"
+
+
+@compiles(JustBefore, "sqlite")
+def _just_before_sqlite(element: JustBefore, compiler: Any, **kw: Any) -> str:
+    moment = _arguments(element, compiler, **kw)
+    return f"strftime({_SQLITE_FORMAT}, {moment}, '-0.001 seconds')"
+
+
+@compiles(AgeS)
+def _age(element: AgeS, compiler: Any, **kw: Any) -> str:
+    moment = _arguments(element, compiler, **kw)
+    return f"(TIMESTAMPDIFF(MICROSECOND, {moment}, UTC_TIMESTAMP(6)) / 1e6)"
+
+
+@compiles(AgeS, "sqlite")
+def _age_sqlite(element: AgeS, compiler: Any, **kw: Any) -> str:
+    moment = _arguments(element, compiler, **kw)
+    return f"((julianday('now') - julianday({moment})) * 86400.0)"
+
+
+def is_before(one: Any, other: Any) -> ColumnElement[bool]:
+    """Whether one row stands before the other in their subscriber's line."""
+    is_same_moment = one.place == other.place
+    is_first_by_key = one.idempotency_key < other.idempotency_key
+    return or_(one.place < other.place, and_(is_same_moment, is_first_by_key))
