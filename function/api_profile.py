@@ -24,6 +24,20 @@ _FIELD: Final = re.compile(r"\{(\w+)\}")
 _CONSTANT: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,63}")
 _REFERENCE_CHARACTERS_MAX: Final = 200
 _WORDS_CHARACTERS_MAX: Final = 500
+#: What `template_values` gives to a recharge; a look-up knows only the key.
+_FIELDS: Final = frozenset(
+    {
+        "key",
+        "msisdn",
+        "donor_msisdn",
+        "amount_minor",
+        "currency",
+        "channel",
+        "recharge_id",
+        "requested_at",
+    }
+)
+_FIELDS_OF_LOOK_UP: Final = frozenset({"key"})
 
 
 @unique
@@ -49,7 +63,7 @@ class Rule:
         """Whether status and body together meet every condition."""
         return (
             status in self.status
-            and all(_at(document, path) is not None for path in self.has)
+            and all(_text(_at(document, path), 1) for path in self.has)
             and all(
                 isinstance(value := _at(document, path), str) and value in wanted
                 for path, wanted in self.where.items()
@@ -145,6 +159,9 @@ class ApiProfile:
         rows = _at(document, rules.rows) if rules else None
         if rules is None or status != 200 or not isinstance(rows, list):  # noqa: PLR2004
             return LookUp(Finding.UNKNOWN, reason=f"http_{status}")
+        if any(not _text(_at(row, rules.match), 1) for row in rows):
+            # It may be ours: absent would be a guess.
+            return LookUp(Finding.UNKNOWN, reason="row_without_key")
         ours = [row for row in rows if _at(row, rules.match) == key]
         found = [
             (rules.findings.get(str(_at(row, rules.status)), Finding.UNKNOWN), row)
@@ -211,7 +228,7 @@ def render(template: str, values: Mapping[str, Any]) -> Any:
 
 
 def template_values(topup: TopUp | None, key: str) -> dict[str, Any]:
-    """The fields that a template may name."""
+    """The fields that a template may name: those of `_FIELDS`."""
     if topup is None:
         return {"key": key}
     return {
@@ -238,7 +255,7 @@ def _parse(document: dict[str, Any]) -> ApiProfile:
         settle_s=float(document["settle_s"]),
         key_render=key["render"],
         key_length_max=int(key["length_max"]),
-        request=_request(document["request"]),
+        request=_request(document["request"], _FIELDS),
         reference=answer["reference"],
         reason=answer["reason"],
         words=answer["words"],
@@ -247,7 +264,14 @@ def _parse(document: dict[str, Any]) -> ApiProfile:
     )
 
 
-def _request(part: dict[str, Any]) -> RequestTemplate:
+def _request(part: dict[str, Any], fields: frozenset[str]) -> RequestTemplate:
+    templates = [part["path"]]
+    for name in ("headers", "query", "body"):
+        templates += part.get(name, {}).values()
+    # Found now, not between a claim and its send.
+    unknown = {name for text in templates for name in _FIELD.findall(text)} - fields
+    if unknown:
+        raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
     return RequestTemplate(
         part["method"],
         part["path"],
@@ -273,7 +297,7 @@ def _look_up(part: dict[str, Any]) -> LookUpRules:
         names: Iterable[str] = part[finding.value]
         findings |= dict.fromkeys(names, finding)
     return LookUpRules(
-        _request(part),
+        _request(part, _FIELDS_OF_LOOK_UP),
         part["rows"],
         part["match"],
         part["status"],

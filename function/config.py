@@ -3,6 +3,8 @@
 Owns all reading of `os.environ`; must never connect to anything.
 """
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -245,17 +247,24 @@ def _help(item: "Field[Any]") -> str:
 
 def _parse(hint: Any, raw: str) -> Any:
     """Turn a variable's text into the field's type; ValueError says what is wrong."""
-    if hint in {int, float}:
-        try:
-            return hint(raw)
-        except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-            raise ValueError(f"must be {kind}") from None
+    if hint is int:
+        return _number(int, raw, "a whole number")
+    if hint in {float, float | None}:
+        return _number(float, raw, "a number")
     if hint == Path | None:
         if not Path(raw).is_file():
             raise ValueError(f"no such file: {raw}")
         return Path(raw)
     return raw
+
+
+def _number(kind: type[int] | type[float], raw: str, what: str) -> int | float:
+    with contextlib.suppress(ValueError, OverflowError):
+        number = kind(raw)
+        # NaN stands in no order to a deadline, and infinity is no deadline.
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"must be {what}")
 
 
 def settings_table() -> list[tuple[str, str, str]]:

@@ -34,6 +34,8 @@ _RECYCLE_S: Final = 300
 #: The connection is dropped, so that the next one finds the new primary.
 _READ_ONLY_ERRORS: Final = frozenset({1290, 1792, 1836})
 _DUPLICATE_ERROR: Final = 1062
+_DEADLOCK_ERROR: Final = 1213
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def make_engine(settings: Settings) -> Engine:
@@ -59,6 +61,11 @@ def make_engine(settings: Settings) -> Engine:
             "mysql+pymysql://… or sqlite:///…"
         )
     is_sqlite = dialect == "sqlite"
+    if not (is_sqlite or settings.ledger_tls_ca_file or url.host in _LOOPBACK):
+        raise SettingsError(
+            "LEDGER_TLS_CA_FILE is missing: without it the driver takes any "
+            "certificate, or none; for a public CA name the system's bundle"
+        )
     engine = create_engine(
         url,
         isolation_level="AUTOCOMMIT",
@@ -130,6 +137,11 @@ def transaction(engine: Engine) -> Iterator[Connection]:
 def is_duplicate(error: IntegrityError) -> bool:
     """Whether a unique key refused the row."""
     return _number(error) == _DUPLICATE_ERROR or "UNIQUE" in str(error.orig)
+
+
+def is_deadlock(error: BaseException) -> bool:
+    """Whether the server rolled the statement back because two waited in a ring."""
+    return _number(error) == _DEADLOCK_ERROR
 
 
 def is_connection_lost(error: BaseException) -> bool:

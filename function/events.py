@@ -19,8 +19,9 @@ from urllib.parse import quote
 
 import jsonschema_rs
 import phonenumbers
+from cloudevents.conversion import to_binary
 from cloudevents.exceptions import GenericException
-from cloudevents.http import CloudEvent, from_http, to_binary
+from cloudevents.http import CloudEvent, from_http
 from iso4217 import Currency
 
 from function.errors import InvalidEvent, MalformedEvent, UnknownEventType
@@ -64,12 +65,14 @@ def read_topup(headers: Mapping[str, str], body: bytes, event_type: str) -> TopU
     headers = {name.lower(): value for name, value in headers.items()}
     content_type, charset = _content_type(headers)
     if content_type.startswith("application/cloudevents"):
-        event, payload = _read_structured(headers, body, content_type, charset)
+        document = _structured(body, content_type, charset)
+        event = _structured_event(headers, document)
+        _require_known(event, event_type)
+        payload = _structured_data(document)
     else:
         event, payload = _event(headers, body), body
         _require_known(event, event_type)
         _require_json(content_type, charset)
-    _require_known(event, event_type)
     data = _strict_json(payload)
     _validate(data)
     return _topup(data, payload, event, position_of(headers, event))
@@ -137,13 +140,7 @@ def reply_to(
     return headers, body
 
 
-def _read_structured(
-    headers: dict[str, str], body: bytes, content_type: str, charset: str
-) -> tuple[CloudEvent, bytes]:
-    """Structured mode; also a record that claims it and that Knative couldn't read.
-
-    Such a record arrives with `ce-*` headers of its own; its body decides.
-    """
+def _structured(body: bytes, content_type: str, charset: str) -> dict[str, Any]:
     if content_type != _STRUCTURED:
         raise MalformedEvent("Content-Type: only application/cloudevents+json is read")
     if charset not in {"", "utf-8"}:
@@ -151,21 +148,33 @@ def _read_structured(
     document = _strict_json(body)
     if not isinstance(document, dict):
         raise MalformedEvent("body: must be one CloudEvent")
+    return document
+
+
+def _structured_event(headers: dict[str, str], document: dict[str, Any]) -> CloudEvent:
+    """The attributes; also of a record that claims to be an event and is none.
+
+    Knative couldn't read it and gave it `ce-*` headers of its own; the body decides.
+    """
     plain = {name: v for name, v in headers.items() if not name.startswith("ce-")}
-    event = _event(plain, body)
-    inner_type, inner_charset = _content_type(
-        {"content-type": str(document.get("datacontenttype") or "")}
-    )
-    _require_json(inner_type, inner_charset)
+    # Without the data, of which the SDK would complain before we know the type.
+    attributes = {n: v for n, v in document.items() if n not in {"data", "data_base64"}}
+    return _event(plain, json.dumps(attributes).encode("ascii"))
+
+
+def _structured_data(document: dict[str, Any]) -> bytes:
+    content_type = str(document.get("datacontenttype") or "")
+    _require_json(*_content_type({"content-type": content_type}))
+    if "data" in document and "data_base64" in document:
+        raise MalformedEvent("data, data_base64: only one of them may be there")
     if "data_base64" in document:
-        encoded = document["data_base64"]
         try:
-            return event, base64.b64decode(encoded, validate=True)
+            return base64.b64decode(document["data_base64"], validate=True)
         except (binascii.Error, TypeError, ValueError):
             raise MalformedEvent("data_base64: is not base64") from None
     if "data" not in document:
         raise MalformedEvent("data: is missing")
-    return event, json.dumps(document["data"], ensure_ascii=False).encode(
+    return json.dumps(document["data"], ensure_ascii=False).encode(
         "utf-8", "surrogatepass"
     )
 
@@ -275,7 +284,10 @@ def _require_shallow(data: Any) -> None:
 
 def _validate(data: Any) -> None:
     """Hold the data against the published schema and the rules beyond it."""
-    error = next(_VALIDATOR.iter_errors(data), None)
+    try:
+        error = next(_VALIDATOR.iter_errors(data), None)
+    except UnicodeEncodeError:
+        raise InvalidEvent("data: a name holds a lone surrogate") from None
     if error is not None:
         raise InvalidEvent(_rule_broken(error))
     # JSON Schema takes 5.0 for an integer; money is written in one way only.

@@ -38,6 +38,7 @@ from function.database import (
     connected,
     describe,
     is_connection_lost,
+    is_deadlock,
     is_duplicate,
     transaction,
 )
@@ -139,7 +140,7 @@ class Ledger:
     def look(self, order: TopUp) -> tuple[Entry | None, Line]:
         """Read the order's row and what stands before it; one statement."""
         values = {"key": order.idempotency_key, **_position(order)}
-        values["msisdn"] = order.msisdn
+        values["subscriber"] = order.msisdn
         values["channel"] = _channel(order)
         with connected(self._engine) as connection:
             row = connection.execute(_LOOK, values).one()
@@ -311,7 +312,7 @@ class Ledger:
         """
         if order.position is None:
             return 0
-        values = _position(order) | {"msisdn": order.msisdn}
+        values = _position(order) | {"subscriber": order.msisdn}
         with transaction(self._engine) as connection:
             return sum(
                 connection.execute(statement, values).rowcount
@@ -358,6 +359,10 @@ class Ledger:
                 return False
             raise LedgerUnavailable(describe(error)) from None
         except UNAVAILABLE as error:
+            # Two claims for one subscriber at one moment can deadlock in the unique
+            # index. The loser is rolled back whole: it lost a race, no more.
+            if is_deadlock(error):
+                return False
             if is_connection_lost(error):
                 raise ClaimUncertain(token, describe(error)) from None
             raise LedgerUnavailable(describe(error)) from None
@@ -366,7 +371,7 @@ class Ledger:
         return {
             "key": order.idempotency_key,
             "fingerprint": order.fingerprint,
-            "msisdn": order.msisdn,
+            "subscriber": order.msisdn,
             "channel": _channel(order),
             "amount_minor": order.amount_minor,
             "currency": order.currency,
@@ -388,9 +393,9 @@ def _channel(order: TopUp) -> str:
 def _position(order: TopUp) -> dict[str, Any]:
     position = order.position
     return {
-        "topic": position.topic if position else None,
-        "partition": position.partition if position else None,
-        "offset": position.offset if position else None,
+        "at_topic": position.topic if position else None,
+        "at_partition": position.partition if position else None,
+        "at_offset": position.offset if position else None,
     }
 
 
@@ -451,15 +456,15 @@ def _new_row(status: Status, place: Any, **more: Any) -> tuple[list[str], Select
         "idempotency_key": bindparam("key"),
         "fingerprint": bindparam("fingerprint"),
         "status": literal(status.value),
-        "msisdn": bindparam("msisdn"),
+        "msisdn": bindparam("subscriber"),
         "channel": bindparam("channel"),
         "amount_minor": bindparam("amount_minor"),
         "currency": bindparam("currency"),
         "payload": bindparam("payload"),
         "rendered_key": bindparam("rendered_key"),
-        "topic": bindparam("topic"),
-        "kafka_partition": bindparam("partition"),
-        "kafka_offset": bindparam("offset"),
+        "topic": bindparam("at_topic"),
+        "kafka_partition": bindparam("at_partition"),
+        "kafka_offset": bindparam("at_offset"),
         "place": place,
         "created_at": Now(),
         "updated_at": Now(),
@@ -475,7 +480,7 @@ def _new_row(status: Status, place: Any, **more: Any) -> tuple[list[str], Select
 
 _earlier = topup.alias("earlier")
 _unsettled_earlier = and_(
-    _earlier.c.msisdn == bindparam("msisdn"), _earlier.c.unsettled == 1
+    _earlier.c.msisdn == bindparam("subscriber"), _earlier.c.unsettled == 1
 )
 
 _columns, _source = _new_row(
@@ -496,9 +501,9 @@ _CLAIM: Final = insert(topup).from_select(
 )
 
 _is_later_here = and_(
-    _earlier.c.topic == bindparam("topic"),
-    _earlier.c.kafka_partition == bindparam("partition"),
-    _earlier.c.kafka_offset > bindparam("offset"),
+    _earlier.c.topic == bindparam("at_topic"),
+    _earlier.c.kafka_partition == bindparam("at_partition"),
+    _earlier.c.kafka_offset > bindparam("at_offset"),
 )
 _place_before_later = (
     select(JustBefore(func.min(_earlier.c.place)))
@@ -550,7 +555,7 @@ _RECLAIM: Final = (
 )
 
 _stands_before = and_(
-    _earlier.c.msisdn == bindparam("msisdn"),
+    _earlier.c.msisdn == bindparam("subscriber"),
     _earlier.c.unsettled == 1,
     _earlier.c.idempotency_key != bindparam("key"),
     case(
@@ -667,10 +672,10 @@ _SETTLE_UNHELD: Final = (
     .values(**_ANSWER_VALUES)
 )
 _EARLIER_HERE: Final = and_(
-    topup.c.msisdn == bindparam("msisdn"),
-    topup.c.topic == bindparam("topic"),
-    topup.c.kafka_partition == bindparam("partition"),
-    topup.c.kafka_offset < bindparam("offset"),
+    topup.c.msisdn == bindparam("subscriber"),
+    topup.c.topic == bindparam("at_topic"),
+    topup.c.kafka_partition == bindparam("at_partition"),
+    topup.c.kafka_offset < bindparam("at_offset"),
 )
 _OVERTAKE_DOUBT: Final = (
     update(topup)

@@ -1,0 +1,58 @@
+# The README's commands, and CI's. Everything is made in .venv and build/.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8080
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: help demo run test check bench lock certs clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# A marker for each lock file: what is installed is what is locked, and no more often.
+$(VENV)/.demo: requirements-demo.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 …"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing what requirements-demo.lock names ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-demo.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.demo
+	@echo "Installing what requirements-dev.lock names ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+demo: $(VENV)/.demo ## Play the whole story; NAIVE=1: the article's own design; SERVICES=real: Kafka and MariaDB
+	@NAIVE=$(NAIVE) SERVICES=$(SERVICES) $(BIN)/python -m demo
+
+run: $(VENV)/.demo ## Start the function alone on port 8080, with a sandbox recharge API beside it
+	@PORT=$(PORT) $(BIN)/python -m demo.run
+
+test: $(VENV)/.dev ## Install the servers that the tests need, and run every test
+	@$(BIN)/python -m demo.services install
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## Format, lint, types, unit tests: under 30 s
+	@$(BIN)/ruff format --check --quiet . || { echo "Run: $(BIN)/ruff format ."; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/unit tests/repo -m "not slow"
+
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header pyproject.toml
+
+lock: $(VENV)/.dev ## Write the lock files anew, with hashes and without addresses
+	@$(LOCK) --extra demo --extra dev --output-file requirements-dev.lock
+	@$(LOCK) --extra demo --constraint requirements-dev.lock --output-file requirements-demo.lock
+	@$(LOCK) --constraint requirements-dev.lock --output-file requirements.lock
+
+certs: $(VENV)/.demo ## Make a CA and certificates for a laptop in build/certs
+	@$(BIN)/python certs/make_certs.py build/certs --force
+
+clean: ## Remove everything that was made
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,591 @@
+"""Every way a delivery can end: a real ledger, and an API that follows a script."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from function.api_profile import ApiProfile, Kind, load_profile
+from function.errors import ClaimUncertain, LedgerUnavailable
+from function.ledger import Ledger
+from function.model import (
+    Answer,
+    AnswerClass,
+    Claim,
+    Entry,
+    Finding,
+    LookUp,
+    Outcome,
+    TopUp,
+)
+from function.processing import Processing
+from tests.conftest import Database, settings_of
+from tests.orders import order
+
+DONE = Answer(AnswerClass.DONE, http_status=201, reference="R-1")
+ACCEPTED = Answer(AnswerClass.ACCEPTED, http_status=202, reference="R-1")
+NO = Answer(AnswerClass.NO, http_status=422, reason="invalid_number")
+UNKNOWN = Answer(AnswerClass.UNKNOWN, reason="read_timeout")
+NOT_SENT = Answer(AnswerClass.RETRY, is_sent=False, reason="connection_error")
+LIMITED = Answer(AnswerClass.RETRY, http_status=429, reason="rate_limited")
+OURS = Answer(AnswerClass.OURS, http_status=401, reason="unauthorized")
+SAME_REFERENCE = Answer(AnswerClass.SAME_REFERENCE, http_status=409)
+SAME_CONTENT = Answer(AnswerClass.SAME_CONTENT, http_status=409)
+EXECUTED = LookUp(Finding.EXECUTED, "R-1")
+ABSENT = LookUp(Finding.ABSENT)
+
+Action = Callable[[], None]
+
+
+@dataclass
+class ScriptedApi:
+    """Says what the test wrote, in that order, and counts."""
+
+    answers: list[Answer] = field(default_factory=list)
+    findings: list[LookUp] = field(default_factory=list)
+    #: What happens elsewhere while the call runs.
+    meanwhile: Action = lambda: None
+    sent: list[tuple[str, str]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+
+    def recharge(self, order: TopUp, rendered_key: str, deadline: float) -> Answer:  # noqa: ARG002
+        self.sent.append((order.idempotency_key, rendered_key))
+        self.meanwhile()
+        return self.answers.pop(0)
+
+    def look_up(self, rendered_key: str) -> LookUp:
+        self.asked.append(rendered_key)
+        self.meanwhile()
+        return self.findings.pop(0)
+
+
+class Pod:
+    """One process of the function: its ledger, its memory, its API."""
+
+    def __init__(self, database: Database, kind: Kind, **more: object) -> None:
+        profile = load_profile(settings_of({"LEDGER_DATABASE_URL": "sqlite://"}))
+        changes = {"kind": kind, "settle_s": 60.0, "window_s": 3600.0, **more}
+        self.profile: ApiProfile = replace(profile, **changes)  # type: ignore[arg-type]
+        self.database = database
+        self.api = ScriptedApi()
+        self.ledger = FailingLedger(database.engine, self.profile, lease_s=30)
+        self.alerts: list[tuple[str, str]] = []
+        self.is_draining = False
+        self.now = 1000.0
+        self.processing = Processing(
+            self.ledger,
+            self.api,
+            self.profile,
+            deadline_s=15,
+            lease_s=30,
+            useless_answers_max=3,
+            is_draining=lambda: self.is_draining,
+            alert=lambda action, key, _reason: self.alerts.append((action, key)),
+            monotonic=lambda: self.now,
+            sleep=self._sleep,
+        )
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def deliver(self, topup: TopUp, *answers: Answer) -> Outcome:
+        self.api.answers += answers
+        outcome = self.processing.process(topup).outcome
+        assert not self.api.answers, "the API was not called as often as it should"
+        return outcome
+
+    def status(self, topup: TopUp) -> object:
+        return self.database.row(topup.idempotency_key)["status"]
+
+    def let_time_pass(self) -> None:
+        """Leases end, and settling times and windows are long over."""
+        for column in ("lease_until", "sent_at", "first_sent_at"):
+            self.database.execute(f"UPDATE topup SET {column} = '2001-01-01 00:00:00'")  # noqa: S608
+
+    def let_lease_end(self) -> None:
+        self.database.execute("UPDATE topup SET lease_until = '2001-01-01 00:00:00'")
+
+
+class FailingLedger(Ledger):
+    """The real ledger, behind a connection that breaks when a test says so."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        #: How often the next settlements find no database.
+        self.outages = 0
+        #: The next claim is committed, but the answer to it is lost.
+        self.is_claim_answer_lost = False
+
+    def settle(self, key: str, token: str, answer: Answer) -> bool:
+        self._break()
+        return super().settle(key, token, answer)
+
+    def give_back(self, key: str, token: str, answer: Answer) -> bool:
+        self._break()
+        return super().give_back(key, token, answer)
+
+    def claim(self, order: TopUp) -> Claim | None:
+        claim = super().claim(order)
+        if claim is not None and self.is_claim_answer_lost:
+            self.is_claim_answer_lost = False
+            raise ClaimUncertain(claim.token, "OperationalError 2013")
+        return claim
+
+    def _break(self) -> None:
+        if self.outages:
+            self.outages -= 1
+            raise LedgerUnavailable("OperationalError 2003")
+
+
+@pytest.fixture(params=list(Kind))
+def any_kind(request: pytest.FixtureRequest, database: Database) -> Pod:
+    return Pod(database, request.param)
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome", "status"),
+    [
+        (DONE, Outcome.SUCCEEDED, "succeeded"),
+        (ACCEPTED, Outcome.ACCEPTED, "accepted"),
+        (NO, Outcome.REJECTED, "rejected"),
+        (NOT_SENT, Outcome.RELEASED, "released"),
+        (LIMITED, Outcome.RELEASED, "released"),
+        (SAME_CONTENT, Outcome.RELEASED, "released"),
+        (OURS, Outcome.REFUSED_US, "released"),
+    ],
+)
+def test_first_answer_ends_as_the_table_says(
+    any_kind: Pod, answer: Answer, outcome: Outcome, status: str
+) -> None:
+    assert any_kind.deliver(order(), answer) is outcome
+    assert any_kind.status(order()) == status
+
+
+@pytest.mark.parametrize("answer", [UNKNOWN, SAME_REFERENCE])
+def test_unknown_outcome_is_in_doubt_or_parked_by_kind(
+    any_kind: Pod, answer: Answer
+) -> None:
+    is_none = any_kind.profile.kind is Kind.NONE
+
+    outcome = any_kind.deliver(order(), answer)
+
+    assert outcome is (Outcome.PARKED if is_none else Outcome.IN_DOUBT)
+    assert any_kind.status(order()) == ("parked" if is_none else "in_doubt")
+    assert bool(any_kind.alerts) is is_none
+
+
+@pytest.mark.parametrize("answer", [DONE, ACCEPTED, NO])
+def test_repetition_is_answered_as_the_first_time_without_a_call(
+    any_kind: Pod, answer: Answer
+) -> None:
+    any_kind.api.answers.append(answer)
+    first = any_kind.processing.process(order())
+
+    second = any_kind.processing.process(order())
+
+    assert second.outcome is first.outcome
+    assert second.reference == answer.reference
+    assert second.is_repetition
+    assert len(any_kind.api.sent) == 1
+
+
+def test_released_order_is_sent_again(any_kind: Pod) -> None:
+    any_kind.deliver(order(), NOT_SENT)
+
+    assert any_kind.deliver(order(), DONE) is Outcome.SUCCEEDED
+
+
+def test_reused_key_is_quarantined_and_not_sent(
+    any_kind: Pod, database: Database
+) -> None:
+    any_kind.deliver(order(), DONE)
+
+    assert any_kind.deliver(order(amount_minor=5)) is Outcome.KEY_REUSED
+    assert any_kind.deliver(order(amount_minor=5)) is Outcome.KEY_REUSED
+
+    (row,) = database.rows("quarantine")
+    assert row["idempotency_key"] == "app:r1"
+    assert row["raw"] == order(amount_minor=5).payload
+    assert len(any_kind.api.sent) == 1
+
+
+def test_claim_that_another_holds_is_left_alone(any_kind: Pod) -> None:
+    any_kind.ledger.claim(order())
+
+    assert any_kind.deliver(order()) is Outcome.IN_FLIGHT
+
+
+def test_replay_sends_again_with_the_same_key_within_the_window(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    pod.deliver(order(), UNKNOWN)
+
+    assert pod.deliver(order(), DONE) is Outcome.SUCCEEDED
+
+    assert pod.api.sent == [("app:r1", "app:r1")] * 2
+
+
+def test_replay_never_sends_after_its_window(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    pod.deliver(order(), UNKNOWN)
+    pod.let_time_pass()
+
+    assert pod.deliver(order()) is Outcome.PARKED
+    assert pod.deliver(order()) is Outcome.PARKED
+    assert pod.alerts == [("parked", "app:r1")]
+
+
+def test_window_counts_from_the_first_send(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    pod.deliver(order(), UNKNOWN)
+    database.execute("UPDATE topup SET first_sent_at = '2001-01-01 00:00:00'")
+
+    assert pod.deliver(order()) is Outcome.PARKED
+
+
+def test_replay_after_its_window_looks_up_but_never_sends(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY, kind_after_window=Kind.REFUSE)
+    for name, found, outcome in (
+        ("r1", EXECUTED, Outcome.SUCCEEDED),
+        ("r2", ABSENT, Outcome.PARKED),
+    ):
+        pod.deliver(order(name), UNKNOWN)
+        pod.let_time_pass()
+        pod.api.findings = [found]
+
+        assert pod.deliver(order(name)) is outcome
+
+
+def test_no_within_a_replay_window_is_final_also_after_doubt(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    pod.deliver(order(), UNKNOWN)
+
+    assert pod.deliver(order(), NO) is Outcome.REJECTED
+
+
+def test_useless_answers_park_only_when_others_succeed(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    poisoned, other = order(), order("r2", msisdn="+393330000000")
+    for _ in range(5):
+        assert pod.deliver(poisoned, UNKNOWN) is Outcome.IN_DOUBT
+    database.execute("UPDATE topup SET first_sent_at = '2001-01-01 00:00:00'")
+    database.execute("UPDATE topup SET first_sent_at = sent_at")
+    pod.deliver(other, DONE)
+
+    assert pod.deliver(poisoned) is Outcome.PARKED
+
+
+@pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP])
+@pytest.mark.parametrize(
+    ("found", "outcome", "status"),
+    [
+        (EXECUTED, Outcome.SUCCEEDED, "succeeded"),
+        (LookUp(Finding.FAILED), Outcome.REJECTED, "rejected"),
+        (LookUp(Finding.PENDING), Outcome.IN_DOUBT, "in_doubt"),
+        (LookUp(Finding.UNKNOWN), Outcome.IN_DOUBT, "in_doubt"),
+        (LookUp(Finding.SEVERAL), Outcome.PARKED, "parked"),
+        (ABSENT, Outcome.IN_DOUBT, "in_doubt"),
+    ],
+)
+def test_doubt_is_looked_up_and_not_sent(
+    database: Database, kind: Kind, found: LookUp, outcome: Outcome, status: str
+) -> None:
+    pod = Pod(database, kind)
+    pod.deliver(order(), UNKNOWN)
+    pod.api.findings = [found]
+
+    assert pod.deliver(order()) is outcome
+
+    assert pod.status(order()) == status
+    assert pod.api.asked == ["app:r1"]
+    assert len(pod.api.sent) == 1
+
+
+@pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP])
+def test_absent_after_the_settling_time_is_sent_again_with_the_same_key(
+    database: Database, kind: Kind
+) -> None:
+    pod = Pod(database, kind)
+    pod.deliver(order(), UNKNOWN)
+    pod.let_time_pass()
+    pod.api.findings = [ABSENT]
+
+    assert pod.deliver(order(), DONE) is Outcome.SUCCEEDED
+
+    assert pod.api.sent == [("app:r1", "app:r1")] * 2
+
+
+@pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP])
+def test_settling_time_counts_from_the_last_send(
+    database: Database, kind: Kind
+) -> None:
+    pod = Pod(database, kind)
+    pod.deliver(order(), UNKNOWN)
+    pod.let_time_pass()
+    pod.api.findings = [ABSENT, ABSENT]
+    assert pod.deliver(order(), UNKNOWN) is Outcome.IN_DOUBT
+
+    assert pod.deliver(order()) is Outcome.IN_DOUBT
+    assert len(pod.api.sent) == 2
+
+
+def test_used_reference_that_is_absent_is_parked(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.deliver(order(), SAME_REFERENCE)
+    pod.let_time_pass()
+    pod.api.findings = [ABSENT]
+
+    assert pod.deliver(order()) is Outcome.PARKED
+
+
+def test_used_reference_is_looked_up_and_never_a_no(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.deliver(order(), SAME_REFERENCE)
+    pod.api.findings = [EXECUTED]
+
+    assert pod.deliver(order()) is Outcome.SUCCEEDED
+
+
+@pytest.mark.parametrize("answer", [NOT_SENT, LIMITED, OURS, SAME_CONTENT])
+def test_doubt_is_sticky(database: Database, answer: Answer) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    pod.deliver(order(), UNKNOWN)
+
+    assert pod.deliver(order(), answer) is Outcome.IN_DOUBT
+
+    assert pod.status(order()) == "in_doubt"
+
+
+def test_none_is_never_sent_again(database: Database) -> None:
+    pod = Pod(database, Kind.NONE)
+    pod.deliver(order(), UNKNOWN)
+    pod.let_time_pass()
+
+    assert pod.deliver(order()) is Outcome.PARKED
+    assert len(pod.api.sent) == 1
+
+
+def test_crashed_claim_is_in_doubt_once_its_lease_is_over(any_kind: Pod) -> None:
+    """The pod died between claim and settlement."""
+    any_kind.ledger.claim(order())
+    assert any_kind.deliver(order()) is Outcome.IN_FLIGHT
+    any_kind.let_lease_end()
+    any_kind.api.findings = [EXECUTED]
+
+    match any_kind.profile.kind:
+        case Kind.REPLAY:
+            assert any_kind.deliver(order(), DONE) is Outcome.SUCCEEDED
+        case Kind.REFUSE | Kind.LOOKUP:
+            assert any_kind.deliver(order()) is Outcome.SUCCEEDED
+        case Kind.NONE:
+            assert any_kind.deliver(order()) is Outcome.PARKED
+
+
+def test_later_order_is_recorded_before_it_is_sent_away(
+    any_kind: Pod, database: Database
+) -> None:
+    any_kind.ledger.claim(order("r1"))
+
+    assert any_kind.deliver(order("r2")) is Outcome.WAITING
+    assert any_kind.status(order("r2")) == "held"
+    assert len(database.rows("topup")) == 2
+
+
+def test_held_order_runs_when_it_is_first_in_line(any_kind: Pod) -> None:
+    claim = any_kind.ledger.claim(order("r1"))
+    assert claim
+    any_kind.deliver(order("r2"))
+    any_kind.ledger.settle("app:r1", claim.token, DONE)
+
+    assert any_kind.deliver(order("r2"), DONE) is Outcome.SUCCEEDED
+
+
+def test_orders_behind_a_parked_one_are_held_and_not_sent(database: Database) -> None:
+    pod = Pod(database, Kind.NONE)
+    pod.deliver(order("r1", offset=1), UNKNOWN)
+
+    assert pod.deliver(order("r2", offset=2)) is Outcome.HELD
+    assert pod.deliver(order("r3", offset=3)) is Outcome.HELD
+    assert pod.deliver(order("r2", offset=2)) is Outcome.HELD
+    assert pod.deliver(order("x", msisdn="+393330000000"), DONE) is Outcome.SUCCEEDED
+
+
+def test_doubt_that_the_source_gave_up_on_is_parked_and_the_next_held(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.deliver(order("r1", offset=1), UNKNOWN)
+
+    assert pod.deliver(order("r2", offset=2)) is Outcome.HELD
+
+    assert pod.status(order("r1")) == "parked"
+    assert ("earlier_overtaken", "app:r2") in pod.alerts
+
+
+def test_doubt_of_another_partition_is_waited_for(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.deliver(order("r1", offset=1), UNKNOWN)
+
+    assert pod.deliver(order("r2", offset=2, partition=1)) is Outcome.WAITING
+
+    assert pod.status(order("r1")) == "in_doubt"
+
+
+def test_pause_records_and_calls_nothing(any_kind: Pod, database: Database) -> None:
+    any_kind.deliver(order("r0", msisdn="+393330000000"), NOT_SENT)
+    database.execute("INSERT INTO pause VALUES ('*', 'a', 'b', '2001-01-01')")
+
+    assert any_kind.deliver(order("r1")) is Outcome.PAUSED
+    again = order("r0", msisdn="+393330000000")
+    assert any_kind.deliver(again) is Outcome.PAUSED
+    assert any_kind.status(order("r1")) == "held"
+
+    database.execute("DELETE FROM pause")
+    assert any_kind.deliver(order("r1"), DONE) is Outcome.SUCCEEDED
+    assert any_kind.deliver(again, DONE) is Outcome.SUCCEEDED
+
+
+def test_draining_pod_begins_no_call(any_kind: Pod, database: Database) -> None:
+    any_kind.is_draining = True
+
+    assert any_kind.deliver(order()) is Outcome.DRAINING
+    assert database.rows("topup") == []
+
+
+def test_draining_pod_does_not_send_again(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.deliver(order(), UNKNOWN)
+    pod.let_time_pass()
+
+    def drain() -> None:
+        pod.is_draining = True
+
+    pod.api.meanwhile, pod.api.findings = drain, [ABSENT]
+
+    assert pod.deliver(order()) is Outcome.DRAINING
+    assert pod.status(order()) == "in_doubt"
+
+
+def test_settlement_is_tried_again_while_the_ledger_is_away(any_kind: Pod) -> None:
+    any_kind.ledger.outages = 5
+
+    assert any_kind.deliver(order(), DONE) is Outcome.SUCCEEDED
+    assert any_kind.status(order()) == "succeeded"
+
+
+def test_answer_is_owed_when_the_ledger_stays_away_and_settled_from_memory(
+    any_kind: Pod,
+) -> None:
+    any_kind.ledger.outages = 10_000
+    with pytest.raises(LedgerUnavailable):
+        any_kind.deliver(order(), DONE)
+    assert any_kind.status(order()) == "in_flight"
+    assert ("answer_owed", "app:r1") in any_kind.alerts
+
+    any_kind.ledger.outages = 0
+    any_kind.let_lease_end()
+    assert any_kind.deliver(order()) is Outcome.SUCCEEDED
+    assert len(any_kind.api.sent) == 1
+
+
+def test_settlement_tries_end_with_the_lease(any_kind: Pod) -> None:
+    any_kind.ledger.outages = 10_000
+
+    with pytest.raises(LedgerUnavailable):
+        any_kind.deliver(order(), DONE)
+
+    assert any_kind.now <= 1000 + 30
+
+
+def test_uncertain_claim_is_given_back_and_never_sent(any_kind: Pod) -> None:
+    any_kind.ledger.is_claim_answer_lost = True
+
+    with pytest.raises(LedgerUnavailable):
+        any_kind.deliver(order())
+
+    assert any_kind.api.sent == []
+    assert any_kind.status(order()) == "released"
+    assert any_kind.deliver(order(), DONE) is Outcome.SUCCEEDED
+
+
+def test_uncertain_claim_that_cannot_be_given_back_is_remembered(
+    any_kind: Pod,
+) -> None:
+    any_kind.ledger.is_claim_answer_lost = True
+    any_kind.ledger.outages = 1
+    with pytest.raises(LedgerUnavailable):
+        any_kind.deliver(order())
+    assert any_kind.status(order()) == "in_flight"
+
+    # This pod knows that nothing was sent under that claim.
+    assert any_kind.deliver(order()) is Outcome.RELEASED
+    assert any_kind.deliver(order(), DONE) is Outcome.SUCCEEDED
+
+
+def test_fenced_success_settles_a_row_that_nobody_holds(database: Database) -> None:
+    """The pod slept through its lease; another put the row in doubt."""
+    pod = Pod(database, Kind.REFUSE)
+
+    def expire() -> None:
+        pod.let_lease_end()
+        entry, _ = pod.ledger.look(order())
+        assert isinstance(entry, Entry)
+        assert pod.ledger.expire(entry)
+
+    pod.api.meanwhile = expire
+
+    assert pod.deliver(order(), DONE) is Outcome.SUCCEEDED
+    assert pod.status(order()) == "succeeded"
+
+
+def test_fenced_unknown_changes_nothing_and_keeps_its_evidence(
+    database: Database,
+) -> None:
+    pod, other = Pod(database, Kind.REPLAY), Pod(database, Kind.REPLAY)
+    retaken = replace(UNKNOWN, reason="first_attempt")
+
+    def take_over() -> None:
+        pod.let_lease_end()
+        assert other.deliver(order(), DONE) is Outcome.SUCCEEDED
+
+    pod.api.meanwhile = take_over
+
+    # It answers what the row says, never its own word.
+    assert pod.deliver(order(), retaken) is Outcome.SUCCEEDED
+    assert "first_attempt" in [row["reason"] for row in database.rows("attempt")]
+
+
+def test_fenced_success_never_answers_2xx_while_another_attempt_holds_the_row(
+    database: Database,
+) -> None:
+    pod, other = Pod(database, Kind.REPLAY), Pod(database, Kind.REPLAY)
+
+    def take_over() -> None:
+        pod.let_lease_end()
+        entry, _ = other.ledger.look(order())
+        assert isinstance(entry, Entry)
+        assert other.ledger.expire(entry)
+        entry, _ = other.ledger.look(order())
+        assert isinstance(entry, Entry)
+        assert other.ledger.reclaim(entry)
+
+    pod.api.meanwhile = take_over
+
+    assert pod.deliver(order(), DONE) is Outcome.IN_FLIGHT
+    assert pod.status(order()) == "in_flight"
+
+
+def test_success_against_a_recorded_no_is_an_alert(database: Database) -> None:
+    pod, other = Pod(database, Kind.REPLAY), Pod(database, Kind.REPLAY)
+
+    def reject_elsewhere() -> None:
+        pod.let_lease_end()
+        assert other.deliver(order(), NO) is Outcome.REJECTED
+
+    pod.api.meanwhile = reject_elsewhere
+
+    assert pod.deliver(order(), DONE) is Outcome.REJECTED
+    assert ("evidence_contradicts", "app:r1") in pod.alerts
