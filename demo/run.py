@@ -1,0 +1,64 @@
+"""`make run`: the function alone on one port, with a sandbox recharge API beside it.
+
+Owns nothing but their start and end; must never be taken for a deployment: the ledger
+is a SQLite file, and the server can't drain.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from demo.processes import FunctionPart, PartFailed, RechargeApiPart
+from demo.services import PROJECT
+from function.config import Settings
+from function.database import make_engine
+from function.migrate import migrate
+
+DIRECTORY = PROJECT / "build" / "run"
+
+
+def main() -> int:
+    """Run until Ctrl-C or SIGTERM; exit status 1 if a part does not start."""
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    api = RechargeApiPart(DIRECTORY / "recharge-api.log", book=DIRECTORY / "book.jsonl")
+    log = DIRECTORY / "function.log"
+    function = FunctionPart(log, source="function/main.py", signature="http")
+    function.port = int(os.environ.get("PORT") or 8080)
+    with api, function:
+        try:
+            api.start("replay")
+            function.start(_environment(api.url))
+        except PartFailed as failure:
+            sys.stderr.write(f"{failure}\n")
+            return 1
+        _tell(function, api, log)
+        ended.wait()
+    return 0
+
+
+def _environment(recharge_api_url: str) -> dict[str, str]:
+    env = {
+        "LEDGER_DATABASE_URL": f"sqlite:///{DIRECTORY / 'ledger.db'}",
+        "RECHARGE_API_URL": recharge_api_url,
+        "RECHARGE_API_KIND": "replay",
+    }
+    engine = make_engine(Settings.from_env(env))
+    migrate(engine)
+    engine.dispose()
+    return env
+
+
+def _tell(function: FunctionPart, api: RechargeApiPart, log: Path) -> None:
+    print(f"The function listens on {function.url}")
+    print(f"The sandbox recharge API listens on {api.url}")
+    print(f"Its book, the ledger and the logs are in {log.parent.relative_to(PROJECT)}")
+    print("Ctrl-C ends both.", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
