@@ -5,6 +5,7 @@ an order. Loaded by path, as module `main`: nothing else may import it.
 """
 
 import functools
+import threading
 from typing import Final
 
 import flask
@@ -99,9 +100,17 @@ flask.current_app.wsgi_app = Door(  # type: ignore[method-assign]
 )
 
 
-@functools.cache
+_once: Final = threading.Lock()
+
+
 def services() -> Services:
-    """The parts of this process."""
+    """The parts of this process: one set, so that one memory knows what is owed."""
+    with _once:
+        return _services()
+
+
+@functools.cache
+def _services() -> Services:
     return Services(settings)
 
 
