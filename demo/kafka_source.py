@@ -826,6 +826,10 @@ class KafkaSource:
         for lane in lanes.values():
             lane.close()
         self._commit(consumer, lanes)
+        # librdkafka remembers a pause over a rebalance: a partition that comes back
+        # would never be fetched again.
+        if paused := numbers & self._paused:
+            consumer.resume([TopicPartition(self._topic, each) for each in paused])
         for number in numbers:
             self._lanes.pop(number, None)
             self._paused.discard(number)

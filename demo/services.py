@@ -869,7 +869,8 @@ class KafkaServer(Server, KafkaCluster):
         credential = f"SCRAM-SHA-512=[name={ADMIN},password={self._admin_password}]"
         options = {
             "--config": "server.properties",
-            "--cluster-id": secrets.token_urlsafe(16),
+            # Never one that begins with a dash.
+            "--cluster-id": secrets.token_hex(11),
             "--add-scram": credential,
         }
         lines = ["format", *itertools.chain.from_iterable(options.items())]

@@ -122,9 +122,7 @@ def replay(database: Database, tmp_path: Path) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def any_kind(
-    kind: Kind, mariadb_database: Database, tmp_path: Path
-) -> Iterator[Rig]:
+def any_kind(kind: Kind, mariadb_database: Database, tmp_path: Path) -> Iterator[Rig]:
     yield from rig_of(kind, mariadb_database, tmp_path)
 
 
