@@ -6,10 +6,9 @@ Owns the credentials; must never log one, nor let a failure look like a sent cal
 import threading
 import time
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-import requests
-from oauthlib.oauth2 import BackendApplicationClient, OAuth2Error
+from oauthlib.oauth2 import BackendApplicationClient
 from requests_oauthlib import OAuth2Session
 
 from function.config import Settings
@@ -99,11 +98,15 @@ class OAuthClientCredentials:
 
     def __call__(self, headers: dict[str, str]) -> None:
         """Add a token that is still valid, exchanging a new one where needed."""
-        # One exchange at a time; the others wait for its result.
-        with self._lock:
+        # One exchange at a time; the others wait for its result, though not for ever.
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise NotAuthenticated("oauth_exchange_slow")
+        try:
             if time.time() >= self._expires_at - _MARGIN_S:
                 self._exchange()
             headers["Authorization"] = f"Bearer {self._token}"
+        finally:
+            self._lock.release()
 
     def forget(self) -> None:
         """Exchange a new token at the next call."""
@@ -116,18 +119,31 @@ class OAuthClientCredentials:
             secret = self._secret_file.read_text("utf-8") if self._secret_file else ""
             with OAuth2Session(client=client, scope=self._scope) as session:
                 session.trust_env = False
+                # The secret goes to the address that was set, and nowhere else.
+                session.max_redirects = 0
                 session.verify = self._verify
-                token = session.fetch_token(
-                    self._url,
-                    client_id=self._client_id,
-                    client_secret=secret.strip(),
-                    timeout=self._timeout_s,
-                    verify=None,  # As the session says.
-                )
-            self._token = str(token["access_token"])
+                token = self._fetch(session, secret.strip())
+            self._token = str(token["access_token"] or "")
             # Without a lifetime it is used once: the API alone knows.
             self._expires_at = float(token.get("expires_at") or 0.0)
-        except (OSError, OAuth2Error, ValueError, KeyError):
+        # Whatever two libraries make of an odd answer: nothing was sent, and a claim
+        # must not be left in doubt over it.
+        except Exception:  # noqa: BLE001
             raise NotAuthenticated("oauth_exchange_failed") from None
-        except requests.exceptions.RequestException:
-            raise NotAuthenticated("oauth_exchange_failed") from None
+        if not self._token:
+            raise NotAuthenticated("oauth_token_empty")
+
+    def _fetch(self, session: OAuth2Session, secret: str) -> dict[str, Any]:
+        try:
+            token: dict[str, Any] = session.fetch_token(
+                self._url,
+                client_id=self._client_id,
+                client_secret=secret,
+                timeout=self._timeout_s,
+                verify=None,  # As the session says.
+            )
+        except Warning as changed:
+            # Another scope was granted than asked (RFC 6749 section 3.3): oauthlib
+            # raises that. Whether it is enough, the API says.
+            token = changed.token  # type: ignore[attr-defined]
+        return token

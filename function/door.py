@@ -15,6 +15,11 @@ from typing import Any, Final
 #: Set on SIGTERM by gunicorn.conf.py: no new call begins, running ones finish.
 draining: Final = threading.Event()
 
+#: So much of what is too large is read on and dropped: a client that is answered while
+#: it still sends may see a reset instead of the answer, and would send for ever.
+_DROPPED_BYTES_MAX: Final = 64 * 1024 * 1024
+_PIECE_BYTES: Final = 64 * 1024
+
 #: Where the door leaves what it saw, for main.py.
 ANNOUNCED_BYTES: Final = "topup.announced_bytes"
 
@@ -45,8 +50,9 @@ class Door:
         if environ["REQUEST_METHOD"] == "POST":
             try:
                 body = self._read(environ)
-            except (OSError, ValueError):
-                # Cut or stalled: nothing to record, so it must come again.
+            # Cut, stalled, or in chunks that the server can't read, for which its own
+            # answer would be 400: nothing to record, so it must come again.
+            except Exception:  # noqa: BLE001
                 close = [("Content-Length", "0"), ("Connection", "close")]
                 start_response("503 Service Unavailable", close)
                 return []
@@ -71,10 +77,22 @@ class Door:
             connection.settimeout(self._timeout_s)
         try:
             body: bytes = environ["wsgi.input"].read(limit)
+            dropped = _drop(environ["wsgi.input"]) if len(body) > self._bytes_max else 0
         finally:
             if connection is not None:
                 connection.settimeout(None)
         if announced and len(body) < limit:
             raise ValueError("the body is shorter than announced")
-        environ[ANNOUNCED_BYTES] = int(announced) if announced else len(body)
+        environ[ANNOUNCED_BYTES] = int(announced or len(body) + dropped)
         return body
+
+
+def _drop(stream: Any) -> int:
+    """Read on without keeping; returns how much there was."""
+    dropped = 0
+    while dropped < _DROPPED_BYTES_MAX:
+        piece = stream.read(_PIECE_BYTES)
+        if not piece:
+            break
+        dropped += len(piece)
+    return dropped

@@ -15,7 +15,9 @@ from typing import Any
 from gunicorn import util
 from gunicorn.workers.gthread import ThreadWorker
 
+from function.api_profile import load_profile
 from function.config import Settings
+from function.database import make_engine
 from function.door import draining
 from function.errors import SettingsError
 
@@ -48,6 +50,10 @@ def post_worker_init(worker: Any) -> None:
 
 try:
     _settings = Settings.from_env()
+    # What main.py would refuse, too: a worker that ends at its start is started again
+    # for ever.
+    load_profile(_settings)
+    make_engine(_settings).dispose()
 except SettingsError as error:
     raise SystemExit(f"topup: {error}") from None
 

@@ -9,11 +9,13 @@ repeat a call, follow a redirect, or decide what an answer means (the profile do
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from http import client as http_client
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 import requests
@@ -91,6 +93,8 @@ class RechargeApi:
         self._session = requests.Session()
         # No proxy, no .netrc: nothing but the settings decides where money goes.
         self._session.trust_env = False
+        # Nor does one order's answer decide how the next is sent.
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         ca_file = settings.recharge_api_tls_ca_file
         self._session.verify = str(ca_file) if ca_file else True
         adapter = _Adapter(settings.server_threads, settings.recharge_api_idle_s)
@@ -140,8 +144,9 @@ class RechargeApi:
         return self._profile.read_look_up(status, document, rendered_key)
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, and end the thread that watches them."""
         self._session.close()
+        self._reaper.stop()
 
     def _exchange(
         self, template: RequestTemplate, values: dict[str, Any], call: "_Call"
@@ -173,6 +178,8 @@ class RechargeApi:
         finally:
             _current.call = None
             self._reaper.forget(call)
+            # Only now, when the reaper can't reach for it any more.
+            call.close()
 
 
 def _json(body: bytes) -> object:
@@ -204,9 +211,10 @@ class _Call:
         self.deadline = deadline
         self.is_sent = False
         self._monotonic = monotonic
-        #: A duplicate of the connection's descriptor: shutting it down ends the
-        #: connection also while TLS has taken the original socket over.
-        self.handle: socket.socket | None = None
+        #: Duplicates of the connection's descriptor. They are the call's own: TLS
+        #: takes the original over, and http.client closes it as soon as an answer's
+        #: headers say that it will not be kept, with the body still to come.
+        self._handles: list[socket.socket] = []
 
     def is_over(self) -> bool:
         return self._monotonic() >= self.deadline
@@ -214,12 +222,22 @@ class _Call:
     def left_s(self) -> float:
         return self.deadline - self._monotonic()
 
+    def watch(self, connection: socket.socket) -> None:
+        """From now on the connection ends at the deadline."""
+        self._handles.append(socket.socket(fileno=os.dup(connection.fileno())))
+
+    def is_watched(self) -> bool:
+        return bool(self._handles)
+
     def cut(self) -> None:
-        handle = self.handle
-        if handle is not None:
-            # It may be closed already.
+        for handle in list(self._handles):
+            # The other side may have gone already.
             with contextlib.suppress(OSError):
                 handle.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.close()
 
 
 class _Current(threading.local):
@@ -242,6 +260,7 @@ class _Reaper:
         self._calls: set[_Call] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._is_stopped = False
 
     def watch(self, call: _Call) -> None:
         with self._changed:
@@ -258,9 +277,14 @@ class _Reaper:
         with self._changed:
             self._calls.discard(call)
 
+    def stop(self) -> None:
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+
     def _run(self) -> None:
         with self._changed:
-            while True:
+            while self._calls or not self._is_stopped:
                 for call in [each for each in self._calls if each.is_over()]:
                     call.cut()
                     self._calls.discard(call)
@@ -273,7 +297,6 @@ class _Watched(HTTPConnection):
 
     #: Set by the adapter: seconds after which an idle connection is not used again.
     idle_s: float = 0.0
-    _handle: socket.socket | None = None
     _used_at: float = 0.0
 
     @property
@@ -285,10 +308,9 @@ class _Watched(HTTPConnection):
     def _new_conn(self) -> socket.socket:
         call = _current.call
         connection = super()._new_conn()
-        self._close_handle()
-        self._handle = connection.dup()
         if call is not None:
-            call.handle = self._handle
+            # Before the TLS handshake.
+            call.watch(connection)
             # DNS and connect may have outlasted the deadline uncut.
             if call.is_over():
                 connection.close()
@@ -299,8 +321,9 @@ class _Watched(HTTPConnection):
         if self.sock is None:
             self.connect()
         call = _current.call
-        if call is not None:
-            call.handle = self._handle
+        if call is not None and self.sock is not None:
+            if not call.is_watched():
+                call.watch(self.sock)
             # The fence of a pod that slept: nothing leaves after the deadline.
             if call.is_over():
                 raise TimeoutError
@@ -312,15 +335,6 @@ class _Watched(HTTPConnection):
         response = super().getresponse()
         self._used_at = time.monotonic()
         return response
-
-    def close(self) -> None:
-        self._close_handle()
-        super().close()
-
-    def _close_handle(self) -> None:
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
 
 
 class _WatchedTls(_Watched, HTTPSConnection):

@@ -225,13 +225,18 @@ def free_port() -> int:
 
 
 def living(group: int) -> list[int]:
-    """The processes of a group; a zombie is dead and waits for its parent only."""
+    """The processes of a group; a zombie is dead and waits for its parent only.
+
+    Unless it is a zombie by its first thread alone: while another one is on its way
+    out, the process still listens.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
         # The name in parentheses may contain blanks; then: state, ppid, pgrp.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state, _, pgrp = entry.read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state not in "ZX":
+            threads = len(list(entry.with_name("task").iterdir()))
+            if int(pgrp) == group and (state not in "ZX" or threads > 1):
                 found.append(int(entry.parent.name))
     return found
 
