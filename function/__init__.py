@@ -10,6 +10,10 @@ Read in this order, which is the order of one event, then of what surrounds it:
     ledger.py         the statements; schema.py the tables; database.py connections
     recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials
     model.py          statuses, transitions, outcomes; errors.py the error tree
+    resolver.py       what the source will not bring again: doubt settled, line drained
+    operations.py     what people do: decide, pause, purge; grants.py their rights
+    reconcile.py      the API operator's statement against the ledger
+    replay.py         quarantine and dead letters through the front door again
     config.py         settings; telemetry.py logs; migrate.py and cli.py for operators
 
 Imports go one way, from right to left (tests/repo/test_imports.py holds this table):
@@ -21,5 +25,6 @@ LAYERS = (
     ("config", "telemetry", "door"),
     ("api_profile", "api_auth", "events", "schema", "database"),
     ("migrate", "ledger", "recharge_api", "processing"),
+    ("operations", "reconcile", "replay", "grants", "resolver"),
     ("main", "cli", "gunicorn.conf"),
 )

@@ -125,6 +125,29 @@ class Settings:
     server_termination_grace_s: float = _setting(
         "`terminationGracePeriodSeconds` of the pod.", default=60.0
     )
+    event_redelivery_max_s: float = _setting(
+        "Longest backoff of the source plus one delivery: a top-up that is older and "
+        "unsettled will not come again by itself.",
+        default=900.0,
+    )
+    resolver_interval_s: float = _setting(
+        "Pause of the resolver between two rounds.", default=10.0
+    )
+    resolve_second_person_above_minor: int = _setting(
+        "A decision about more than this, in minor units of whatever currency, needs "
+        "two persons; 0: every decision.",
+        default=10_000,
+    )
+    topic_retention_s: float = _setting(
+        "How long the topic keeps a record (`retention.ms`).", default=604_800.0
+    )
+    dead_letter_retention_s: float = _setting(
+        "How long a dead letter is kept, and can be replayed.", default=2_592_000.0
+    )
+    replay_horizon_s: float = _setting(
+        "How long after that a copy of a record may still be posted by somebody.",
+        default=604_800.0,
+    )
     log_level: str = _setting("DEBUG, INFO, WARNING or ERROR.", default="INFO")
 
     @classmethod
@@ -136,7 +159,23 @@ class Settings:
                 message. The caller refuses to start.
 
         """
+        return cls._read(os.environ if env is None else env, optional=frozenset())
+
+    @classmethod
+    def ledger_only(cls, env: Mapping[str, str] | None = None) -> "Settings":
+        """Read the settings of a command that never calls the recharge API.
+
+        The API's address may be missing; whatever is there is checked all the same.
+
+        Raises:
+            SettingsError: as `from_env`.
+
+        """
         env = os.environ if env is None else env
+        return cls._read(env, optional=frozenset({"recharge_api_url"}))
+
+    @classmethod
+    def _read(cls, env: Mapping[str, str], optional: frozenset[str]) -> "Settings":
         hints = get_type_hints(cls)
         values: dict[str, Any] = {}
         problems: list[str] = []
@@ -147,6 +186,8 @@ class Settings:
                     values[item.name] = _parse(hints[item.name], raw)
                 except ValueError as error:
                     problems.append(f"{item.name.upper()}: {error}")
+            elif item.name in optional:
+                values[item.name] = ""
             elif item.default is MISSING:
                 problems.append(f"{item.name.upper()} is missing: {_help(item)}")
         if problems:
@@ -166,6 +207,11 @@ class Settings:
             f"{name.upper()} must be greater than 0"
             for name in _POSITIVE
             if getattr(self, name) is not None and getattr(self, name) <= 0
+        ]
+        problems += [
+            f"{name.upper()} must not be less than 0"
+            for name in ("resolve_second_person_above_minor", "replay_horizon_s")
+            if getattr(self, name) < 0
         ]
         problems += [
             f"{low.upper()} ({getattr(self, low):g}) must be less than "
@@ -237,7 +283,11 @@ _POSITIVE: Final = (
     "recharge_api_settle_s",
     "event_bytes_max",
     "event_read_timeout_s",
+    "event_redelivery_max_s",
     "server_threads",
+    "resolver_interval_s",
+    "topic_retention_s",
+    "dead_letter_retention_s",
 )
 
 

@@ -16,7 +16,7 @@ from function.database import connected, describe
 from function.errors import LedgerUnavailable, MigrationError
 
 #: The newest revision of migrations/ that this version knows; a test compares them.
-SCHEMA_REVISION: Final = "0001"
+SCHEMA_REVISION: Final = "0002"
 
 _LOCK_NAME: Final = "topup-migrate"
 _LOCK_WAIT_S: Final = 60

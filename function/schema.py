@@ -11,6 +11,7 @@ from sqlalchemy import (
     Column,
     Computed,
     DateTime,
+    FetchedValue,
     Float,
     Index,
     Integer,
@@ -101,6 +102,8 @@ topup: Final = Table(
     #: The recharge API's reference and its reason.
     Column("reference", unicode_text(200)),
     Column("reason", ascii_text(64), nullable=False),
+    #: When the resolver last looked it up at the API.
+    Column("looked_at", _MOMENT),
     #: 1 while a later top-up of the subscriber must wait, else NULL.
     Column(
         "unsettled",
@@ -157,6 +160,33 @@ quarantine: Final = Table(
     #: The request's attributes as JSON.
     Column("attributes", _BYTES, nullable=False),
     Column("recorded_at", _MOMENT, nullable=False),
+    Index("quarantined_by_key", "idempotency_key"),
+    Index("quarantined_at", "recorded_at"),
+)
+
+# Who did it: the database fills in the account that is logged on, and operators have
+# no right to write the column. On SQLite, which knows no accounts, it is UNPROVEN.
+UNPROVEN: Final = "unproven"
+
+#: Append-only: what a person decided about an order in doubt.
+decision: Final = Table(
+    "decision",
+    metadata,
+    Column("id", _ROW_NUMBER, primary_key=True, autoincrement=True),
+    Column("idempotency_key", ascii_text(200), nullable=False),
+    #: The attempt that it is about; empty if there was none.
+    Column("token", ascii_text(32), nullable=False),
+    Column("from_status", ascii_text(16), nullable=False),
+    #: `executed`, `not_executed` or `abandon`.
+    Column("verdict", ascii_text(16), nullable=False),
+    #: The recharge API's, for `executed`.
+    Column("reference", unicode_text(200)),
+    Column("reason", unicode_text(500), nullable=False),
+    #: A typed name or a ticket; it proves nothing.
+    Column("note", unicode_text(200), nullable=False),
+    Column("decided_by", unicode_text(200), FetchedValue(), nullable=False),
+    Column("decided_at", _MOMENT, FetchedValue(), nullable=False),
+    Index("decisions_of", "idempotency_key", "id"),
 )
 
 #: A row stops new calls: scope `*`, or one channel.
@@ -164,9 +194,22 @@ pause: Final = Table(
     "pause",
     metadata,
     Column("scope", ascii_text(200), primary_key=True),
-    Column("paused_by", unicode_text(200), nullable=False),
+    Column("paused_by", unicode_text(200), FetchedValue(), nullable=False),
     Column("reason", unicode_text(500), nullable=False),
-    Column("paused_at", _MOMENT, nullable=False),
+    Column("paused_at", _MOMENT, FetchedValue(), nullable=False),
+)
+
+#: Append-only: who paused and resumed what, and why.
+pause_log: Final = Table(
+    "pause_log",
+    metadata,
+    Column("id", _ROW_NUMBER, primary_key=True, autoincrement=True),
+    Column("scope", ascii_text(200), nullable=False),
+    #: `pause` or `resume`.
+    Column("action", ascii_text(16), nullable=False),
+    Column("reason", unicode_text(500), nullable=False),
+    Column("switched_by", unicode_text(200), FetchedValue(), nullable=False),
+    Column("switched_at", _MOMENT, FetchedValue(), nullable=False),
 )
 
 
