@@ -35,7 +35,7 @@ run: $(VENV)/.demo ## Start the function alone on port 8080, with a sandbox rech
 
 test: $(VENV)/.dev ## Install the servers that the tests need, and run every test
 	@$(BIN)/python -m demo.services install
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev ## Format, lint, types, unit tests: under 30 s
 	@$(BIN)/ruff format --check --quiet . || { echo "Run: $(BIN)/ruff format ."; exit 1; }

@@ -1,8 +1,9 @@
-"""The production function, killed at a named boundary: for the story and the tests.
+"""The production code, killed at a named boundary: for the story and the tests.
 
 Owns the boundaries; must never change what the function does: it listens to
-SQLAlchemy's and Python's own events and wraps the WSGI app from outside. Started by
-`functions-framework --source demo/crash_points.py` in place of function/main.py.
+SQLAlchemy's and Python's own events and wraps the WSGI app from outside. The function
+is started by `functions-framework --source demo/crash_points.py` in place of
+function/main.py, the resolver by `python -m demo.crash_points resolver run`.
 
 The file named in CRASH_FILE arms it: its text is the boundary's name. The file is
 taken away before the kill, so that it happens once, however often it is restarted.
@@ -18,10 +19,6 @@ from typing import Any, Final
 
 import flask
 from sqlalchemy import Engine, event
-
-from function.main import handle_topup
-
-__all__ = ["POINTS", "handle_topup"]
 
 #: Every boundary, in the order in which one delivery passes it.
 POINTS: Final = (
@@ -60,7 +57,8 @@ def _is_claim(statement: str) -> bool:
 
 
 def _is_settlement(statement: str) -> bool:
-    return statement.startswith("UPDATE topup SET") and not _is_claim(statement)
+    is_change = statement.startswith("UPDATE topup SET status")
+    return is_change and not _is_claim(statement)
 
 
 @event.listens_for(Engine, "before_cursor_execute")
@@ -123,6 +121,16 @@ class _Written:
         crash_at("response_written")
 
 
-flask.current_app.wsgi_app = _Boundaries(  # type: ignore[method-assign]
-    flask.current_app.wsgi_app
-)
+if flask.has_app_context():
+    from function.main import handle_topup
+
+    __all__ = ["handle_topup"]
+
+    flask.current_app.wsgi_app = _Boundaries(  # type: ignore[method-assign]
+        flask.current_app.wsgi_app
+    )
+
+if __name__ == "__main__":
+    from function.cli import main
+
+    main()

@@ -175,6 +175,17 @@ class FunctionPart(Part):
         return True
 
 
+class ResolverPart(Part):
+    """The resolver: `topup resolver run`."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__("the resolver", log)
+
+    def start(self, env: Mapping[str, str]) -> None:
+        """Start it with the settings of the function beside it."""
+        self.run([sys.executable, "-m", "function.cli", "resolver", "run"], env)
+
+
 class RechargeApiPart(Part):
     """The sandbox recharge API, with its book and its control."""
 

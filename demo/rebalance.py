@@ -1,4 +1,4 @@
-"""Scene 5, on a real broker only: sources come and go in one consumer group.
+"""Scene 6, on a real broker only: sources come and go in one consumer group.
 
 Owns that one scene; as demo/scenes.py it must never judge what it shows.
 """
@@ -22,8 +22,8 @@ _AFTER_KILL_TIMEOUT_S: Final = 30.0
 
 
 def rebalance(stage: Stage, account: Account) -> Facts:
-    """Scene 5: one of two sources is killed, another joins, partitions move."""
-    account.heading("5  Rebalance")
+    """Scene 6: one of two sources is killed, another joins, partitions move."""
+    account.heading("6  Rebalance")
     stage.play("replay")
     stage.stop_source()
     script = Script(Fault.EXECUTE_THEN_LATE, times=None, delay_s=_CALL_S)

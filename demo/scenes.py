@@ -39,6 +39,10 @@ KINDS: Final = {
     "none": "executes a repetition, and can't be asked",
 }
 
+_ORDERS_OF_STUCK: Final = 4
+_OTHERS: Final = 24
+_OTHER_SUBSCRIBERS: Final = 12
+
 _OUTAGE_ORDERS: Final = 36
 _OUTAGE_SUBSCRIBERS: Final = 12
 #: Of the source's requests that must have failed before the API fails otherwise.
@@ -239,12 +243,131 @@ def _conclusion(step: _Step) -> str:
     return f"The ledger says: {step.ledger}."
 
 
+# -- A doubt, and a person -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Stuck:
+    """One subscriber who is stuck, and what a person will say of the first order."""
+
+    name: str
+    msisdn: str
+    fault: Fault
+    verdict: str
+    orders: list[Sent]
+
+
+def a_doubt_and_a_person(stage: Stage, account: Account) -> Facts:
+    """Scene 3: a lost answer that nobody can ask for, and a poisoned subscriber."""
+    account.heading("3  A doubt, and a person")
+    stage.play("none")
+    lost = _Stuck(
+        "answer lost", subscriber(150), Fault.EXECUTE_THEN_DROP, "--executed", []
+    )
+    poisoned = _Stuck(
+        "poisoned", subscriber(151), Fault.ERROR_BEFORE, "--not-executed", []
+    )
+    account.say(
+        "The API is still of kind none. For one subscriber it executes and the answer "
+        "is lost; for another it answers 500, always. Each has three more top-ups "
+        f"coming, and {_OTHERS} top-ups of {_OTHER_SUBSCRIBERS} other subscribers "
+        "stand between and behind them, in the same partitions."
+    )
+    others = _send_doubtful(stage, lost, poisoned)
+    _consume(stage, account, _OTHERS + 2 * _ORDERS_OF_STUCK)
+    before = [_line_of(stage, stuck) for stuck in (lost, poisoned)]
+    before.append(_line_of_others(stage, others))
+    columns = ("", "ledger says of the first", "of the next three", "executed")
+    account.table(columns, before)
+    if stage.subject.is_naive:
+        stage.api.recover()
+        return {"before": [list(row) for row in before]}
+    said = _settle(stage, account, [lost, poisoned])
+    after = [_line_of(stage, stuck) for stuck in (lost, poisoned)]
+    account.table(columns, after)
+    account.say(
+        "The resolver ran what was held, in order. What was left of scene 2 is "
+        "settled in the same way."
+    )
+    return {
+        "before": [list(row) for row in before],
+        "operator": said,
+        "after": [list(row) for row in after],
+    }
+
+
+def _send_doubtful(stage: Stage, *stuck: _Stuck) -> list[Sent]:
+    """Write the two lines, with the others' orders between them; returns those."""
+    app = stage.app("doubt", "binary")
+    for each in stuck:
+        times = 1 if each.fault is Fault.EXECUTE_THEN_DROP else None
+        stage.api.misbehave(
+            Script(each.fault, msisdn=each.msisdn, times=times, status=500)
+        )
+    others: list[Sent] = []
+    for number in range(_ORDERS_OF_STUCK):
+        for each in stuck:
+            name = f"{each.name.replace(' ', '-')}-{number}"
+            each.orders.append(_send(stage, app, Order(name, app.channel, each.msisdn)))
+        for other in range(_OTHERS // _ORDERS_OF_STUCK):
+            msisdn = subscriber(160 + other % _OTHER_SUBSCRIBERS)
+            order = Order(f"other-{number}-{other}", app.channel, msisdn)
+            others.append(_send(stage, app, order))
+    return others
+
+
+def _line_of(stage: Stage, stuck: _Stuck) -> tuple[str, str, str, str]:
+    first, *rest = [stage.subject.says_of(each) for each in stuck.orders]
+    executed = sum(stage.counts(each)[1] for each in stuck.orders)
+    return (stuck.name, first, ", ".join(rest), f"{executed} of {_ORDERS_OF_STUCK}")
+
+
+def _line_of_others(stage: Stage, others: list[Sent]) -> tuple[str, str, str, str]:
+    names = stage.subject.names(others)
+    executed = {e.key for e in stage.book() if e.entry == "executed"} & set(names)
+    return ("all others", "-", "-", f"{len(executed)} of {len(others)}")
+
+
+def _settle(stage: Stage, account: Account, stuck: list[_Stuck]) -> list[str]:
+    """Let a person look into the API's book, and tell the ledger what is in it."""
+    references = {e.key: e.reference for e in stage.book() if e.entry == "executed"}
+    stage.api.recover()
+    account.say("")
+    account.say("A person asks the API's operator, and settles them:")
+    left_of_scene_2 = [
+        each
+        for each in stage.records.all()
+        if each.expected == "valid" and stage.subject.says_of(each) == "parked"
+    ]
+    verdicts = {each.orders[0].key: each.verdict for each in stuck}
+    said = []
+    for key in dict.fromkeys(each.key for each in left_of_scene_2 if each.key):
+        verdict = verdicts.get(key, "--executed")
+        command = ["resolve", key, verdict, "--reason", "asked their operator"]
+        if verdict == "--executed":
+            command += ["--reference", references[key] or ""]
+        answer = stage.operate([*command, "--yes"])
+        if key in verdicts:
+            account.say(f"$ topup resolve {key} {verdict} ...", "dim")
+            account.say(answer, "dim")
+            said.append(answer)
+    stage.wait_until(
+        lambda: all(
+            stage.subject.says_of(each) == "succeeded"
+            for line in stuck
+            for each in line.orders
+        ),
+        "run what was held",
+    )
+    return said
+
+
 # -- externalServerError -------------------------------------------------------------
 
 
 def external_server_error(stage: Stage, account: Account) -> Facts:
-    """Scene 3: the API fails in every way for a while, then is back."""
-    account.heading("3  externalServerError")
+    """Scene 4: the API fails in every way for a while, then is back."""
+    account.heading("4  externalServerError")
     stage.play("replay")
     phases: dict[str, Callable[[], None]] = {
         "answers 500": _misbehaves(stage, Fault.ERROR_BEFORE, status=500),
@@ -256,7 +379,8 @@ def external_server_error(stage: Stage, account: Account) -> Facts:
         f"{_OUTAGE_ORDERS} top-ups of {_OUTAGE_SUBSCRIBERS} subscribers arrive while "
         "the recharge API (kind replay) is broken. Each delivery fails, so the "
         "source keeps the record and delivers it again, later and later; what stands "
-        "behind it waits."
+        "behind it waits. The first that fails may be parked as a probe: were it "
+        "alone at fault, all others would go on. The resolver brings it back."
     )
     phases["answers 500"]()
     first, executed = _send_outage_orders(stage), _executions(stage)
@@ -272,6 +396,10 @@ def external_server_error(stage: Stage, account: Account) -> Facts:
     stage.api.recover()
     attempts = stage.attempts()
     _consume(stage, account, _OUTAGE_ORDERS)
+    if not stage.subject.is_naive:
+        stage.wait_until(
+            lambda: _executions(stage) - executed == _OUTAGE_ORDERS, "taken up the rest"
+        )
     tell("is back", stage.attempts() - attempts)
     account.table(
         ("the API", "deliveries", "executed", "waiting", "ledger says of the first"),
@@ -320,8 +448,8 @@ def _executions(stage: Stage) -> int:
 
 
 def what_nobody_should_send(stage: Stage, account: Account) -> Facts:
-    """Scene 4: poison, recorded and dead-lettered, while others go on."""
-    account.heading("4  What nobody should send")
+    """Scene 5: poison, recorded and dead-lettered, while others go on."""
+    account.heading("5  What nobody should send")
     stage.play("replay")
     app = stage.app("stranger", "plain")
     poisons: dict[str, Callable[[str], None]] = {

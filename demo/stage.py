@@ -5,7 +5,11 @@ what a scene is about. Whatever way the story ends, nothing of it lives on.
 """
 
 import json
+import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
@@ -16,10 +20,16 @@ from demo.dead_letter_sink import DeadLetterSink
 from demo.grounds import Grounds
 from demo.judge import Delivered, LedgerView, Sent, place_in_topic, place_of_bytes
 from demo.kafka_source import Delivery, KafkaSource
-from demo.processes import FunctionPart, Part, PartFailed, RechargeApiPart
+from demo.processes import (
+    FunctionPart,
+    Part,
+    PartFailed,
+    RechargeApiPart,
+    ResolverPart,
+)
 from demo.producers import App, Records, Shape, write_dead_letters
 from demo.recharge_api import Book, BookEntry
-from demo.services import free_port, write_private
+from demo.services import PROJECT, free_port, write_private
 from demo.subject import DEADLINES, GROUP, Subject
 
 #: A retry budget of 11 s: longer than every outage of the story, short enough that
@@ -56,6 +66,7 @@ class Stage:
             source=subject.source_with_crash_points,
             signature=subject.signature,
         )
+        self.resolver = ResolverPart(directory / "resolver.log")
         self._dead_letters = DeadLetterSink(
             directory / "dead-letters.jsonl", port=free_port()
         )
@@ -72,6 +83,7 @@ class Stage:
             stack.enter_context(self._dead_letters)
             stack.enter_context(self.api)
             stack.enter_context(self.function)
+            stack.enter_context(self.resolver)
             self.subject.prepare()
             self._stack = stack.pop_all()
         return self
@@ -94,9 +106,12 @@ class Stage:
             return
         self._kind = kind
         self.function.kill()
+        self.resolver.kill()
         self.api.start(kind)
         env = self.subject.env(self.api.url, kind)
         self.function.start({**env, "CRASH_FILE": str(self._crash_file)})
+        if not self.subject.is_naive:
+            self.resolver.start(env)
 
     def start_source(self) -> None:
         """Begin to deliver the topic to the function."""
@@ -195,6 +210,36 @@ class Stage:
         )
         return answer.status_code
 
+    def operate(self, arguments: Sequence[str]) -> str:
+        """Run `topup` as a person would, until it is done; returns what it says.
+
+        A decision is refused for as long as something of the order could still land.
+
+        Raises:
+            PartFailed: it is refused for too long.
+
+        """
+        env = self.subject.env(self.api.url, self._kind)
+        inherited = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT)}
+        said = ""
+
+        def is_done() -> bool:
+            nonlocal said
+            command = [sys.executable, "-m", "function.cli", *arguments]
+            run = subprocess.run(
+                command,
+                env=inherited | env,
+                cwd=PROJECT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            said = (run.stdout or run.stderr).strip()
+            return run.returncode == 0
+
+        self.wait_until(is_done, f"let `topup {arguments[0]}` be done")
+        return said
+
     # -- What there is to see --------------------------------------------------------
 
     def book(self) -> list[BookEntry]:
@@ -256,6 +301,19 @@ class Stage:
                 f"({source.failure or 'it goes on'}); read {self.journal('source')} "
                 f"and {self.function.log}"
             )
+
+    def wait_until(self, is_so: Callable[[], bool], what: str) -> None:
+        """Wait for what the resolver or a person has set going.
+
+        Raises:
+            PartFailed: it does not happen.
+
+        """
+        end_s = time.monotonic() + TIMEOUT_S
+        while not is_so():
+            if time.monotonic() > end_s:
+                raise self.resolver.failed(f"has not {what} within {TIMEOUT_S:g} s")
+            time.sleep(_POLL_S)
 
     def _requests(self) -> list[tuple[str, str, int | None]]:
         """Place, target and status of every request of every source."""

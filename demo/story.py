@@ -124,6 +124,7 @@ def _scenes(services: Services) -> list[Scene]:
     played: list[Scene] = [
         scenes.many_apps,
         scenes.shut_down_unexpectedly,
+        scenes.a_doubt_and_a_person,
         scenes.external_server_error,
         scenes.what_nobody_should_send,
     ]

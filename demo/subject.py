@@ -27,13 +27,12 @@ DEADLINES: Final = {
     "RECHARGE_API_SETTLE_S": "3.5",
     "EVENT_DELIVERY_TIMEOUT_S": "5",
     "EVENT_READ_TIMEOUT_S": "2",
+    "EVENT_REDELIVERY_MAX_S": "10",
+    "RESOLVER_INTERVAL_S": "0.5",
     "SERVER_REQUEST_TIMEOUT_S": "8",
     "SERVER_GRACEFUL_TIMEOUT_S": "5",
     "SERVER_TERMINATION_GRACE_S": "8",
 }
-#: The outage of scene 3 is one for everybody; what comes first after it must not be
-#: taken for proof that all the others were at fault themselves.
-_USELESS_ANSWERS_MAX: Final = "50"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,6 @@ class Function:
             **DEADLINES,
             "RECHARGE_API_URL": api_url,
             "RECHARGE_API_KIND": kind,
-            "RECHARGE_API_USELESS_ANSWERS_MAX": _USELESS_ANSWERS_MAX,
         }
 
     def prepare(self) -> None:

@@ -18,6 +18,13 @@ from function.config import Settings
 from function.errors import SettingsError
 from function.model import Answer, AnswerClass, Finding, LookUp, TopUp
 
+#: Of several rows of one key, the one that decides.
+_MOST_TELLING_FIRST: Final = (
+    Finding.EXECUTED,
+    Finding.UNKNOWN,
+    Finding.PENDING,
+    Finding.REVERSED,
+)
 _PROFILES: Final = Path(__file__).parent / "profiles"
 _FIELD: Final = re.compile(r"\{(\w+)\}")
 #: A reason is logged and answered: only what can't be anybody's text or number.
@@ -92,6 +99,14 @@ class LookUpRules:
     status: str
     findings: Mapping[str, Finding]
     reference: str
+    #: Where the API says that it took an executed one back; empty if it never says.
+    reversed: str
+
+    def finding_of(self, row: object) -> Finding:
+        """What one row of the API's list says."""
+        if self.reversed and _at(row, self.reversed) is True:
+            return Finding.REVERSED
+        return self.findings.get(str(_at(row, self.status)), Finding.UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +178,11 @@ class ApiProfile:
             # It may be ours: absent would be a guess.
             return LookUp(Finding.UNKNOWN, reason="row_without_key")
         ours = [row for row in rows if _at(row, rules.match) == key]
-        found = [
-            (rules.findings.get(str(_at(row, rules.status)), Finding.UNKNOWN), row)
-            for row in ours
-        ]
+        found = [(rules.finding_of(row), row) for row in ours]
         executed = [row for finding, row in found if finding is Finding.EXECUTED]
         if len(executed) > 1:
             return LookUp(Finding.SEVERAL, reason="executed_several_times")
-        for finding in (Finding.EXECUTED, Finding.UNKNOWN, Finding.PENDING):
+        for finding in _MOST_TELLING_FIRST:
             for each, row in found:
                 if each is finding:
                     reference = _at(row, rules.reference)
@@ -303,6 +315,7 @@ def _look_up(part: dict[str, Any]) -> LookUpRules:
         part["status"],
         findings,
         part["reference"],
+        part.get("reversed", ""),
     )
 
 

@@ -350,7 +350,7 @@ def run() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    make_resolver(settings).run(stop, settings.resolver_interval_s)
+    make_resolver(settings, stop.is_set).run(stop, settings.resolver_interval_s)
 
 
 @resolver.command("run-once")

@@ -63,11 +63,6 @@ class Settings:
         "nothing was executed; the profile's own when empty.",
         default=None,
     )
-    recharge_api_useless_answers_max: int = _setting(
-        "A `replay` order is parked after so many unknown outcomes, if others "
-        "succeeded meanwhile.",
-        default=5,
-    )
     recharge_api_timeout_s: float = _setting(
         "Longest wait for the connection and between two reads; a look-up's whole "
         "time.",
@@ -79,6 +74,11 @@ class Settings:
     recharge_api_idle_s: float = _setting(
         "Connections idle for longer are not used again; below what the API keeps.",
         default=4.0,
+    )
+    recharge_api_reversal_watch_s: float = _setting(
+        "For so long after its success an accepted recharge is watched for a late "
+        "reversal; 0: not at all.",
+        default=86400.0,
     )
     recharge_api_tls_ca_file: Path | None = _setting(
         "CA that signed the API's certificate; the public ones when empty.",
@@ -277,7 +277,6 @@ _ORDER: Final = (
 _POSITIVE: Final = (
     "ledger_timeout_s",
     "recharge_api_timeout_s",
-    "recharge_api_useless_answers_max",
     "recharge_api_idle_s",
     "recharge_api_replay_window_s",
     "recharge_api_settle_s",

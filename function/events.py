@@ -80,6 +80,19 @@ def read_topup(headers: Mapping[str, str], body: bytes, event_type: str) -> TopU
     return _topup(data, payload, event, position_of(headers, event))
 
 
+def restore_topup(payload: bytes, position: Position | None) -> TopUp:
+    """Read an order from the ledger, which holds only what `read_topup` took.
+
+    Raises:
+        EventError: the payload was blanked or changed behind the ledger's back.
+
+    """
+    data = _strict_json(payload)
+    _validate(data)
+    origin = CloudEvent({"id": "ledger", "source": "/ledger", "type": "ledger"})
+    return _topup(data, payload, origin, position)
+
+
 def position_of(
     headers: Mapping[str, str], event: CloudEvent | None = None
 ) -> Position | None:

@@ -45,13 +45,17 @@ from function.database import (
 from function.errors import ClaimUncertain, IllegalTransition, LedgerUnavailable
 from function.model import (
     TRANSITIONS,
+    UNSETTLED,
     Answer,
     AnswerClass,
     Claim,
     Entry,
+    Evidence,
     Line,
+    Position,
     Refused,
     Status,
+    Stored,
     TopUp,
 )
 from function.schema import (
@@ -148,6 +152,89 @@ class Ledger:
         line = Line(bool(row.is_paused), blocker, bool(row.is_stuck))
         return (_entry(row) if row.idempotency_key else None), line
 
+    def evidence(self, key: str) -> Evidence:
+        """How others fared since the order's first attempt; one statement."""
+        with connected(self._engine) as connection:
+            row = connection.execute(_EVIDENCE, {"key": key}).one()
+        return Evidence(
+            bool(row.have_others_succeeded),
+            bool(row.have_others_failed),
+            bool(row.is_probe_out),
+        )
+
+    def due(
+        self,
+        *,
+        given_up_s: float,
+        again_s: float,
+        is_parked_due: bool,
+        limit: int,
+        msisdn: str | None = None,
+    ) -> list[Stored]:
+        """The orders that nobody else will bring on, each first in its line.
+
+        They are: held ones; in-flight ones whose lease is over; parked ones, if the
+        API can tell what became of them; those in doubt or released on which the
+        source has given up.
+
+        Args:
+            given_up_s: age in seconds of the last change after which it has.
+            again_s: seconds before a parked one is looked at again.
+            is_parked_due: whether parked ones can be settled without a person.
+            limit: the most rows, those looked at longest ago first.
+            msisdn: only this subscriber's.
+
+        """
+        values = {
+            "given_up_us": -round(given_up_s * _MICROS),
+            "again_us": -round(again_s * _MICROS),
+            "is_parked_due": int(is_parked_due),
+            "limit": limit,
+            "subscriber": msisdn,
+        }
+        with connected(self._engine) as connection:
+            return [_stored(row) for row in connection.execute(_DUE, values)]
+
+    def accepted(self, *, again_s: float, watch_s: float, limit: int) -> list[Stored]:
+        """Orders that the API took over, and those to watch for a late reversal.
+
+        Args:
+            again_s: seconds before one is looked at again.
+            watch_s: for so long after their end they are watched; 0: not at all.
+            limit: the most rows, those looked at longest ago first.
+
+        """
+        values = {
+            "again_us": -round(again_s * _MICROS),
+            "watch_us": -round(watch_s * _MICROS),
+            "limit": limit,
+        }
+        with connected(self._engine) as connection:
+            return [_stored(row) for row in connection.execute(_ACCEPTED, values)]
+
+    def looked(self, key: str) -> None:
+        """Note that the resolver has looked at this order."""
+        with connected(self._engine) as connection:
+            connection.execute(_LOOKED, {"key": key})
+
+    def wait_again(self, entry: Entry) -> bool:
+        """Put a released order, whose record will not come again, back in line."""
+        _check(entry.status, Status.HELD)
+        values = {
+            "key": entry.idempotency_key,
+            "seen_status": entry.status,
+            "seen_token": entry.token,
+        }
+        with connected(self._engine) as connection:
+            return connection.execute(_WAIT_AGAIN, values).rowcount == 1
+
+    def record_reversal(self, key: str, token: str, reference: str | None) -> None:
+        """Keep a late reversal as an event of its own; the terminal status stands."""
+        reversal = Answer(AnswerClass.REVERSED, reference=reference)
+        with transaction(self._engine) as connection:
+            _record(connection, key, token, reversal)
+            connection.execute(_REVERSED, {"key": key})
+
     def settle(self, key: str, token: str, answer: Answer) -> bool:
         """Write the final answer of the attempt that holds the claim.
 
@@ -171,8 +258,9 @@ class Ledger:
         if answer.classified is AnswerClass.DONE:
             with connected(self._engine) as connection:
                 return connection.execute(_SETTLE, values).rowcount == 1
+        values["to_class"] = answer.classified
         with transaction(self._engine) as connection:
-            if connection.execute(_SETTLE, values).rowcount != 1:
+            if connection.execute(_SETTLE_WITH_CLASS, values).rowcount != 1:
                 return False
             _record(connection, key, token, answer)
             return True
@@ -421,6 +509,20 @@ def _record(connection: Connection, key: str, token: str, answer: Answer) -> Non
     )
 
 
+def _stored(row: Any) -> Stored:
+    is_placed = None not in {row.topic, row.kafka_partition, row.kafka_offset}
+    return Stored(
+        row.idempotency_key,
+        row.msisdn,
+        row.payload,
+        Position(row.topic, row.kafka_partition, row.kafka_offset)
+        if is_placed
+        else None,
+        Status(row.status),
+        bool(row.is_given_up),
+    )
+
+
 def _entry(row: Any) -> Entry:
     return Entry(
         idempotency_key=row.idempotency_key,
@@ -437,7 +539,6 @@ def _entry(row: Any) -> Entry:
         last_class=AnswerClass(row.last_class) if row.last_class else None,
         reference=row.reference,
         reason=row.reason,
-        have_others_succeeded=bool(row.have_others_succeeded),
     )
 
 
@@ -575,20 +676,11 @@ _ENTRY_COLUMNS: Final = (
     "reference",
     "reason",
 )
-_other = topup.alias("other")
-_others_succeeded = exists().where(
-    _other.c.status.in_(_ANSWERED),
-    _other.c.updated_at > topup.c.first_sent_at,
-    _other.c.msisdn != topup.c.msisdn,
-)
 _LOOK: Final = select(
     *(topup.c[name] for name in _ENTRY_COLUMNS),
     AgeS(topup.c.sent_at).label("sent_age_s"),
     AgeS(topup.c.first_sent_at).label("first_sent_age_s"),
     case((topup.c.lease_until < Now(), 1), else_=0).label("is_lease_over"),
-    case(
-        (and_(topup.c.status == Status.IN_DOUBT.value, _others_succeeded), 1), else_=0
-    ).label("have_others_succeeded"),
     _is_paused(bindparam("channel")).label("is_paused"),
     select(_earlier.c.status)
     .where(_stands_before)
@@ -607,6 +699,114 @@ _LOOK: Final = select(
     .outerjoin(topup, and_(true(), _KEY))
 )
 
+_other = topup.alias("other")
+_FAILED: Final = (Status.IN_DOUBT, Status.PARKED, Status.RELEASED)
+_since_first_attempt = and_(
+    _other.c.updated_at > topup.c.first_sent_at, _other.c.msisdn != topup.c.msisdn
+)
+_here = and_(
+    _other.c.topic.is_not_distinct_from(topup.c.topic),
+    _other.c.kafka_partition.is_not_distinct_from(topup.c.kafka_partition),
+)
+_success = topup.alias("success")
+_EVIDENCE: Final = select(
+    exists()
+    .where(_other.c.status.in_(_ANSWERED), _since_first_attempt)
+    .correlate(topup)
+    .label("have_others_succeeded"),
+    exists()
+    .where(_other.c.status.in_(_FAILED), _since_first_attempt)
+    .correlate(topup)
+    .label("have_others_failed"),
+    exists()
+    .where(
+        _other.c.status == Status.PARKED.value,
+        _here,
+        _other.c.idempotency_key != topup.c.idempotency_key,
+        not_(
+            exists().where(
+                _success.c.status.in_(_ANSWERED),
+                _success.c.updated_at > _other.c.updated_at,
+                _success.c.topic.is_not_distinct_from(_other.c.topic),
+                _success.c.kafka_partition.is_not_distinct_from(
+                    _other.c.kafka_partition
+                ),
+            )
+        ),
+    )
+    .correlate(topup)
+    .label("is_probe_out"),
+).where(_KEY)
+
+_is_given_up = topup.c.updated_at < After(bindparam("given_up_us"))
+_is_unlooked = or_(
+    topup.c.looked_at.is_(None), topup.c.looked_at < After(bindparam("again_us"))
+)
+_STORED_COLUMNS: Final = (
+    topup.c.idempotency_key,
+    topup.c.msisdn,
+    topup.c.payload,
+    topup.c.topic,
+    topup.c.kafka_partition,
+    topup.c.kafka_offset,
+    topup.c.status,
+)
+_DUE: Final = (
+    select(*_STORED_COLUMNS, case((_is_given_up, 1), else_=0).label("is_given_up"))
+    .where(
+        or_(
+            topup.c.status == Status.HELD.value,
+            and_(
+                topup.c.status == Status.PARKED.value,
+                bindparam("is_parked_due") == 1,
+                _is_unlooked,
+            ),
+            and_(topup.c.status == Status.IN_FLIGHT.value, topup.c.lease_until < Now()),
+            and_(topup.c.status.in_((Status.IN_DOUBT, Status.RELEASED)), _is_given_up),
+        ),
+        topup.c.status.in_([status.value for status in sorted(UNSETTLED)]),
+        or_(
+            bindparam("subscriber").is_(None), topup.c.msisdn == bindparam("subscriber")
+        ),
+        not_(_is_paused(topup.c.channel)),
+        not_(
+            exists().where(
+                _earlier.c.msisdn == topup.c.msisdn,
+                _earlier.c.unsettled == 1,
+                is_before(_earlier.c, topup.c),
+            )
+        ),
+    )
+    .order_by(
+        # What can run goes before what can only be asked about.
+        case((topup.c.status == Status.HELD.value, 0), else_=1),
+        func.coalesce(topup.c.looked_at, topup.c.place),
+    )
+    .limit(bindparam("limit"))
+)
+_ACCEPTED: Final = (
+    select(*_STORED_COLUMNS, literal_column("0").label("is_given_up"))
+    .where(
+        or_(
+            topup.c.status == Status.ACCEPTED.value,
+            and_(
+                topup.c.status == Status.SUCCEEDED.value,
+                topup.c.last_class == AnswerClass.ACCEPTED.value,
+                topup.c.updated_at > After(bindparam("watch_us")),
+            ),
+        ),
+        _is_unlooked,
+    )
+    .order_by(func.coalesce(topup.c.looked_at, topup.c.place))
+    .limit(bindparam("limit"))
+)
+_LOOKED: Final = update(topup).where(_KEY).values(looked_at=Now())
+_REVERSED: Final = (
+    update(topup)
+    .where(_KEY)
+    .values(last_class=AnswerClass.REVERSED.value, looked_at=Now())
+)
+
 _HOLDS_CLAIM: Final = and_(
     _KEY,
     topup.c.status == Status.IN_FLIGHT.value,
@@ -622,6 +822,7 @@ _SETTLE: Final = (
     .where(_HOLDS_CLAIM)
     .values(reason=bindparam("to_reason"), **_ANSWER_VALUES)
 )
+_SETTLE_WITH_CLASS: Final = _SETTLE.values(last_class=bindparam("to_class"))
 _GIVE_BACK: Final = (
     update(topup)
     .where(_HOLDS_CLAIM)
@@ -665,6 +866,9 @@ _END_DOUBT: Final = (
 )
 _PARK: Final = (
     update(topup).where(_AS_SEEN).values(status=Status.PARKED.value, updated_at=Now())
+)
+_WAIT_AGAIN: Final = (
+    update(topup).where(_AS_SEEN).values(status=Status.HELD.value, updated_at=Now())
 )
 _SETTLE_UNHELD: Final = (
     update(topup)

@@ -51,6 +51,7 @@ STATUS: Final[dict[Outcome, int]] = {
     Outcome.HELD: 424,
     Outcome.REFUSED_US: 503,
     Outcome.PAUSED: 503,
+    Outcome.API_AWAY: 503,
     Outcome.DRAINING: 503,
     Outcome.LEDGER_UNAVAILABLE: 503,
     Outcome.UNFORESEEN: 503,
@@ -74,7 +75,6 @@ class Services:
             profile,
             deadline_s=settings.recharge_api_deadline_s,
             lease_s=settings.ledger_lease_s,
-            useless_answers_max=settings.recharge_api_useless_answers_max,
             is_draining=draining.is_set,
             alert=telemetry.alert,
         )

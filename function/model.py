@@ -7,10 +7,10 @@ must never do I/O or import anything but the standard library.
     (new) ──────────────►│ done │ accepted │ no │ nothing sent │ unknown
       │                  ▼      ▼          ▼    ▼              ▼
       │            succeeded accepted  rejected released    in_doubt ──► parked
-      │                           │                │           │
+      │                           │                │           │            │
       └──► held ◄─────────────────┼── overtaken ───┘           └─ looked up: settled,
-           (behind an earlier     └─► succeeded | rejected        or in_flight again
-            one of its subscriber)
+           (behind an earlier     └─► succeeded | rejected        or in_flight again;
+            one of its subscriber)                                or a person decides
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,8 @@ _ANSWERED: Final = frozenset({Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED
 TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
     Status.IN_FLIGHT: _ANSWERED | {Status.RELEASED, Status.IN_DOUBT, Status.PARKED},
     Status.IN_DOUBT: _ANSWERED | {Status.IN_FLIGHT, Status.PARKED, Status.ABANDONED},
-    Status.PARKED: _ANSWERED | {Status.HELD, Status.ABANDONED},
+    # By the resolver; held again by a person's "not executed, call again".
+    Status.PARKED: _ANSWERED | {Status.IN_FLIGHT, Status.HELD, Status.ABANDONED},
     # A fenced attempt's success is evidence that settles a row nobody holds.
     Status.HELD: _ANSWERED | {Status.IN_FLIGHT, Status.ABANDONED},
     Status.RELEASED: _ANSWERED | {Status.IN_FLIGHT, Status.HELD, Status.ABANDONED},
@@ -129,6 +130,8 @@ class AnswerClass(StrEnum):
     RETRY = "retry"
     OURS = "ours"
     UNKNOWN = "unknown"
+    #: Not an answer, but an event of its own: an executed recharge was taken back.
+    REVERSED = "reversed"
 
 
 #: Classes that prove that this attempt executed nothing.
@@ -163,6 +166,8 @@ class Finding(StrEnum):
     FAILED = "failed"
     PENDING = "pending"
     SEVERAL = "several"
+    #: Executed, and taken back later.
+    REVERSED = "reversed"
     ABSENT = "absent"
     #: The look-up itself failed, so nothing was learnt.
     UNKNOWN = "unknown"
@@ -213,9 +218,6 @@ class Entry:
     reference: str | None
     #: Why the API said no, once it did.
     reason: str
-    #: Another top-up of another order was answered since this one's first attempt.
-    #: It tells a poisoned order from an outage.
-    have_others_succeeded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,33 @@ class Line:
     blocker: Status | None
     #: A parked or held one stands before it: its own record need not come again.
     is_stuck: bool
+
+
+class Evidence(NamedTuple):
+    """What tells a poisoned order from an outage: how others fared meanwhile.
+
+    "Others" are other subscribers' orders that changed since this one's first attempt.
+    """
+
+    #: One of them was answered: the API works, so this order is the trouble.
+    have_others_succeeded: bool
+    #: One of them failed: the API may be the trouble.
+    have_others_failed: bool
+    #: An order of this partition was parked, and none succeeded in it since.
+    is_probe_out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An open or accepted order as the resolver finds it in the ledger."""
+
+    idempotency_key: str
+    msisdn: str
+    payload: bytes
+    position: Position | None
+    status: Status
+    #: Nothing happened to it for so long that the source must have given up.
+    is_given_up: bool
 
 
 class Outcome(Enum):
@@ -256,6 +285,8 @@ class Outcome(Enum):
     HELD = "held"
     REFUSED_US = "refused_us"
     PAUSED = "paused"
+    #: The API looks away, and trying each order would leave a doubt for good each.
+    API_AWAY = "api_away"
     DRAINING = "draining"
     LEDGER_UNAVAILABLE = "ledger_unavailable"
     UNFORESEEN = "unforeseen"

@@ -24,6 +24,7 @@ from function.model import (
     AnswerClass,
     Claim,
     Entry,
+    Evidence,
     Finding,
     Line,
     LookUp,
@@ -38,6 +39,13 @@ from function.model import (
 _ROUNDS_MAX: Final = 4
 #: Answers kept in memory because the ledger could not be reached after the call.
 _OWED_MAX: Final = 10_000
+#: While others fail, too, an order waits for so many unknown outcomes before it is the
+#: probe: two poisoned ones at the head of two partitions would wait for each other.
+_OUTAGE_DOUBTS_MAX: Final = 6
+#: Doubts in a row after which an API of kind `none` is taken to be away.
+_REST_AFTER_DOUBTS: Final = 3
+#: Longest pause before the next order is tried, in seconds.
+_REST_S_MAX: Final = 60
 #: Pause between two tries to settle, in seconds.
 _SETTLE_PAUSE_S: Final = 0.2
 
@@ -73,6 +81,7 @@ class LedgerPort(Protocol):
     def hold(self, order: TopUp) -> bool: ...
     def overtake(self, order: TopUp) -> int: ...
     def put_in_quarantine(self, refused: Refused) -> bool: ...
+    def evidence(self, key: str) -> Evidence: ...
 
 
 class RechargeApiPort(Protocol):
@@ -91,8 +100,8 @@ class Processing:
         profile: what the API does about a repeated key.
         deadline_s: hard end of a call, in seconds from before its claim.
         lease_s: the claims' lease, in seconds; greater than `deadline_s`.
-        useless_answers_max: unknown outcomes after which a `replay` order is parked,
-            if others succeed meanwhile.
+        is_resolver: this is the resolver: no record comes again for what it leaves
+            in doubt, so that is parked, and what is parked is looked at.
         is_draining: true once no new call may begin.
         alert: told of what a person must look at: an action and the key.
         monotonic: the pod's clock, in seconds.
@@ -108,7 +117,7 @@ class Processing:
         *,
         deadline_s: float,
         lease_s: float,
-        useless_answers_max: int = 5,
+        is_resolver: bool = False,
         is_draining: Callable[[], bool] = lambda: False,
         alert: Callable[[str, str, str], None] = lambda _action, _key, _reason: None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -119,12 +128,13 @@ class Processing:
         self._profile = profile
         self._deadline_s = deadline_s
         self._lease_s = lease_s
-        self._useless_answers_max = useless_answers_max
+        self._is_resolver = is_resolver
         self._is_draining = is_draining
         self._alert = alert
         self._monotonic = monotonic
         self._sleep = sleep
         self._owed = _Owed()
+        self._rest = _Rest()
 
     def process(self, order: TopUp) -> Receipt:
         """Bring one delivery of an order to an outcome.
@@ -134,18 +144,45 @@ class Processing:
                 was committed.
 
         """
+        started = self._monotonic()
+        receipt = self._bring_on(order)
+        if receipt.outcome is Outcome.IN_DOUBT:
+            return self._park_or_wait(order, receipt, started)
+        return receipt
+
+    def resume(self, order: TopUp) -> Receipt:
+        """Bring on an order that is in the ledger; what the resolver does.
+
+        Raises:
+            LedgerUnavailable: as `process`.
+
+        """
+        for _ in range(_ROUNDS_MAX):
+            entry, line = self._ledger.look(order)
+            receipt = self._resume(order, entry, line) if entry else None
+            if receipt is not None:
+                return receipt
+        return Receipt(Outcome.IN_FLIGHT, reason="contended")
+
+    def _bring_on(self, order: TopUp) -> Receipt:
+        """Claim it and send it, or go on where the ledger says it stands."""
         for _ in range(_ROUNDS_MAX):
             if self._is_draining():
                 return Receipt(Outcome.DRAINING)
             # Crash here: nothing happened; the redelivery begins anew
-            # (tests/e2e/test_crash_points.py: before_claim).
+            # (tests/e2e/test_crash_points.py: request_read, claim_unsent).
             started = self._monotonic()
-            claim = self._claim(
-                order.idempotency_key, lambda: self._ledger.claim(order)
-            )
+            is_resting = self._rest.is_on(started)
+            claim = None
+            if not is_resting:
+                claim = self._claim(
+                    order.idempotency_key, lambda: self._ledger.claim(order)
+                )
             if claim is not None:
                 return self._recharge(order, claim, started)
             entry, line = self._ledger.look(order)
+            if entry is None and is_resting:
+                return Receipt(Outcome.API_AWAY)
             if entry is None:
                 # Its own record may not come again, so it is recorded before it is
                 # sent away (DESIGN section 4, rule 9).
@@ -168,7 +205,7 @@ class Processing:
             # This pod knows what the ledger could not be told.
             claim = _claim_of(entry, entry.token)
             return self._finish(order, claim, owed, self._monotonic())
-        if entry.status is Status.PARKED:
+        if entry.status is Status.PARKED and not self._is_resolver:
             return _repetition(Outcome.PARKED, entry)
         if entry.status is Status.IN_FLIGHT:
             if not entry.is_lease_over:
@@ -177,9 +214,48 @@ class Processing:
             return None
         if line.is_paused or line.blocker is not None:
             return self._wait(order, line)
-        if entry.status is Status.IN_DOUBT:
+        if entry.status in {Status.IN_DOUBT, Status.PARKED}:
             return self._settle_doubt(order, entry)
         return self._send_again(order, entry)
+
+    def _park_or_wait(self, order: TopUp, doubt: Receipt, started: float) -> Receipt:
+        """Tell a poisoned order from an outage, so that it holds up nobody else.
+
+        What others achieved since its first attempt decides; and where nothing else
+        happens, a probe: one order of the partition is parked, and if the next one
+        succeeds it was this one, if it fails too it is an outage, and the partition
+        waits (DESIGN section 6).
+        """
+        is_fresh = doubt.attempt is not None
+        if is_fresh and self._monotonic() - started < self._deadline_s / 2:
+            # There is time to find out at once, before anybody is held up.
+            receipt = self._settle_at_once(order)
+            if receipt is not None:
+                return receipt
+        evidence = self._ledger.evidence(order.idempotency_key)
+        entry, _ = self._ledger.look(order)
+        if entry is None or entry.status is not Status.IN_DOUBT:
+            return doubt
+        if evidence.have_others_succeeded:
+            return self._park(entry, "others_succeed") or doubt
+        is_outage = evidence.have_others_failed and entry.doubts < _OUTAGE_DOUBTS_MAX
+        if is_outage or evidence.is_probe_out:
+            return doubt
+        return self._park(entry, "probe") or doubt
+
+    def _settle_at_once(self, order: TopUp) -> Receipt | None:
+        """Try once to end a fresh doubt; None if it stays one."""
+        entry, line = self._ledger.look(order)
+        if entry is None or entry.status is not Status.IN_DOUBT:
+            return None
+        if entry.sent_age_s != entry.first_sent_age_s:
+            # Not its first attempt: what was of no use before waits.
+            return None
+        if line.is_paused or line.blocker is not None:
+            return None
+        receipt = self._settle_doubt(order, entry)
+        is_ended = receipt is not None and receipt.outcome is not Outcome.IN_DOUBT
+        return receipt if is_ended else None
 
     def _wait(self, order: TopUp, line: Line) -> Receipt | None:
         """Say why it can't run now; what the source has given up on is parked."""
@@ -213,10 +289,13 @@ class Processing:
     def _recharge(self, order: TopUp, claim: Claim, started: float) -> Receipt:
         """Call the API under a claim, and write down how it ended."""
         # Crash here: in flight, and its lease runs out; the redelivery treats it as
-        # in doubt (test_crash_points: after_claim, before_send, after_execution).
+        # in doubt (test_crash_points: claim_committed, call_unsent).
         deadline = started + self._deadline_s
         answer = self._api.recharge(order, claim.rendered_key, deadline)
-        # Crash here: as above, though the answer was here (after_answer).
+        # Crash here: as above, though the answer was here (answer_arrived).
+        if self._profile.kind is Kind.NONE:
+            is_parked = self._outcome(answer) is Outcome.PARKED
+            self._rest.note(is_doubt=is_parked, now=self._monotonic())
         return self._finish(order, claim, answer, started + self._lease_s)
 
     def _finish(
@@ -239,13 +318,14 @@ class Processing:
                 self._sleep(_SETTLE_PAUSE_S)
             else:
                 self._owed.drop(claim.token)
-                # Crash here: settled; the redelivery is a repetition (after_settle).
+                # Crash here: settled; the redelivery is a repetition
+                # (settlement_committed).
                 return receipt
 
     def _write(self, order: TopUp, claim: Claim, answer: Answer) -> Receipt:
         """One transition for one answer, by the token; fenced off, read again."""
         key, token = order.idempotency_key, claim.token
-        outcome = self._outcome(claim, answer)
+        outcome = self._outcome(answer)
         if outcome in {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED}:
             is_written = self._ledger.settle(key, token, answer)
         elif outcome in {Outcome.RELEASED, Outcome.REFUSED_US}:
@@ -264,21 +344,18 @@ class Processing:
         reason = answer.reason if outcome is not Outcome.SUCCEEDED else ""
         return Receipt(outcome, answer.reference, reason, attempt=token)
 
-    def _outcome(self, claim: Claim, answer: Answer) -> Outcome:
+    def _outcome(self, answer: Answer) -> Outcome:
         """What an answer means for an order, given what is known of it (pure)."""
-        kind = self._profile.kind
-        if answer.classified is AnswerClass.NO and claim.is_doubted:
-            # A no to the second send says nothing about the first, unless the API
-            # answers by the key, or the first was looked up and found absent.
-            is_final = kind in {Kind.REPLAY, Kind.REFUSE, Kind.LOOKUP}
-            return Outcome.REJECTED if is_final else Outcome.PARKED
+        # A no to a second send is final, too: it is sent again only within a replay
+        # window, when the first was looked up and absent, or when a person decided.
         final = _FINAL.get(answer.classified)
         if final is not None:
             return final
         if answer.classified in NOTHING_EXECUTED or not answer.is_sent:
             is_ours = answer.classified is AnswerClass.OURS
             return Outcome.REFUSED_US if is_ours else Outcome.RELEASED
-        return Outcome.PARKED if kind is Kind.NONE else Outcome.IN_DOUBT
+        is_for_good = self._is_resolver or self._profile.kind is Kind.NONE
+        return Outcome.PARKED if is_for_good else Outcome.IN_DOUBT
 
     def _fenced_off(self, order: TopUp, claim: Claim, answer: Answer) -> Receipt:
         """Another took the claim over: keep the evidence, answer what the row says."""
@@ -304,11 +381,6 @@ class Processing:
             if (entry.first_sent_age_s or 0.0) >= self._profile.window_s:
                 # A repeated key protects no more, so it is never sent again.
                 kind = self._profile.kind_after_window
-            elif (
-                entry.doubts >= self._useless_answers_max
-                and entry.have_others_succeeded
-            ):
-                return self._park(entry, "useless_answers")
             else:
                 return self._send_again(order, entry)
         if kind in {Kind.REFUSE, Kind.LOOKUP}:
@@ -323,6 +395,12 @@ class Processing:
                 return self._end_doubt(entry, answer)
             case Finding.FAILED:
                 answer = Answer(AnswerClass.NO, reason="looked_up_failed")
+                return self._end_doubt(entry, answer)
+            case Finding.REVERSED:
+                # Executed once, and taken back: not for us to execute again.
+                answer = Answer(
+                    AnswerClass.NO, reference=found.reference, reason="reversed"
+                )
                 return self._end_doubt(entry, answer)
             case Finding.SEVERAL:
                 self._alert("executed_several_times", entry.idempotency_key, "")
@@ -349,6 +427,8 @@ class Processing:
         return Receipt(_FINAL[answer.classified], answer.reference, reason)
 
     def _park(self, entry: Entry, reason: str) -> Receipt | None:
+        if entry.status is Status.PARKED:
+            return Receipt(Outcome.PARKED, reason=reason)
         if not self._ledger.park(entry):
             return None
         self._alert(Outcome.PARKED.value, entry.idempotency_key, reason)
@@ -398,3 +478,36 @@ class _Owed:
     def drop(self, token: str) -> None:
         with self._lock:
             self._answers.pop(token, None)
+
+
+class _Rest:
+    """Rests the calls of an API of kind `none` that looks away.
+
+    There each lost answer is a doubt for good, so an outage must not be tried order by
+    order. After three in a row new orders wait, for a second, then twice as long, up to
+    a minute; each time one goes first. A poisoned subscriber alone never makes three.
+    """
+
+    def __init__(self) -> None:
+        self._doubts = 0
+        self._until = 0.0
+        self._lock = Lock()
+
+    def is_on(self, now: float) -> bool:
+        """Whether a new order must wait; the one that finds it over goes first."""
+        with self._lock:
+            if self._doubts < _REST_AFTER_DOUBTS:
+                return False
+            if now < self._until:
+                return True
+            self._until = now + self._pause_s()
+            return False
+
+    def note(self, *, is_doubt: bool, now: float) -> None:
+        """Count an outcome; anything but a doubt shows that the API answers."""
+        with self._lock:
+            self._doubts = self._doubts + 1 if is_doubt else 0
+            self._until = now + self._pause_s()
+
+    def _pause_s(self) -> float:
+        return float(min(_REST_S_MAX, 2 ** max(0, self._doubts - _REST_AFTER_DOUBTS)))

@@ -41,6 +41,9 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
         yield cluster
 
 
+_TABLES = ("topup", "attempt", "quarantine", "pause", "pause_log", "decision")
+
+
 @dataclass(frozen=True)
 class Database:
     """An empty, migrated ledger and how to reach it."""
@@ -121,7 +124,7 @@ def _database(env: dict[str, str], *, is_emptied: bool = False) -> Iterator[Data
     engine = make_engine(settings_of(env))
     if is_emptied:
         with engine.connect() as connection:
-            for table in ("topup", "attempt", "quarantine", "pause"):
+            for table in _TABLES:
                 connection.execute(text(f"DELETE FROM {table}"))  # noqa: S608
     yield Database(engine, env)
     engine.dispose()

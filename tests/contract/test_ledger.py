@@ -1,6 +1,5 @@
 """What the ledger promises, on SQLite and on MariaDB alike."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -563,22 +562,176 @@ def test_pause_of_another_channel_stops_nothing(
     claimed(ledger, order())
 
 
-def test_success_of_others_is_seen_by_a_doubt_only_when_it_came_since(
-    ledger: Ledger, database: Database, sequence: Callable[[], int]
+OTHER = order("other", msisdn="+393330000001")
+
+
+def first_sent(database: Database, topup: TopUp, when: str) -> None:
+    database.execute(
+        "UPDATE topup SET first_sent_at = :when WHERE idempotency_key = :key",
+        when=when,
+        key=topup.idempotency_key,
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "have_succeeded", "have_failed"),
+    [
+        (Status.SUCCEEDED, True, False),
+        (Status.ACCEPTED, True, False),
+        (Status.REJECTED, True, False),
+        (Status.IN_DOUBT, False, True),
+        (Status.PARKED, False, True),
+        (Status.RELEASED, False, True),
+        (Status.IN_FLIGHT, False, False),
+        (Status.HELD, False, False),
+    ],
+)
+def test_how_others_fared_counts_only_since_the_first_attempt(
+    ledger: Ledger,
+    database: Database,
+    status: Status,
+    *,
+    have_succeeded: bool,
+    have_failed: bool,
 ) -> None:
-    before = order(f"b{sequence()}", msisdn="+393330000001")
-    token = claimed(ledger, before).token
-    assert ledger.settle(before.idempotency_key, token, DONE)
-    database.execute("UPDATE topup SET updated_at = '2001-01-01 00:00:00'")
     in_doubt(ledger, order())
-    assert not entry_of(ledger, order()).have_others_succeeded
+    make(status, ledger, database, OTHER)
 
-    database.execute("UPDATE topup SET first_sent_at = '2002-01-01 00:00:00'")
-    after = order(f"a{sequence()}", msisdn="+393330000002")
-    token = claimed(ledger, after).token
-    assert ledger.settle(after.idempotency_key, token, DONE)
+    first_sent(database, order(), "2999-01-01 00:00:00")
+    assert ledger.evidence("app:r1")[:2] == (False, False)
 
-    assert entry_of(ledger, order()).have_others_succeeded
+    first_sent(database, order(), "2001-01-01 00:00:00")
+    assert ledger.evidence("app:r1")[:2] == (have_succeeded, have_failed)
+
+
+def test_orders_of_the_same_subscriber_are_no_evidence(
+    ledger: Ledger, database: Database
+) -> None:
+    token = claimed(ledger, order("r0")).token
+    assert ledger.settle("app:r0", token, DONE)
+    in_doubt(ledger, order())
+    first_sent(database, order(), "2001-01-01 00:00:00")
+
+    assert not ledger.evidence("app:r1").have_others_succeeded
+
+
+def test_probe_is_out_until_something_succeeds_in_its_partition(
+    ledger: Ledger, database: Database
+) -> None:
+    probe = order("probe", msisdn="+393330000001", offset=1)
+    make(Status.PARKED, ledger, database, probe)
+    in_doubt(ledger, order(offset=2))
+    in_doubt(ledger, order("r2", msisdn="+393330000002", offset=2, partition=1))
+    assert ledger.evidence("app:r1").is_probe_out
+    assert not ledger.evidence("app:r2").is_probe_out
+
+    elsewhere = order("r3", msisdn="+393330000003", offset=3, partition=1)
+    make(Status.SUCCEEDED, ledger, database, elsewhere)
+    assert ledger.evidence("app:r1").is_probe_out
+
+    here = order("r4", msisdn="+393330000004", offset=4)
+    make(Status.SUCCEEDED, ledger, database, here)
+    assert not ledger.evidence("app:r1").is_probe_out
+
+
+def due(ledger: Ledger, **changes: object) -> list[tuple[str, bool]]:
+    options = {"given_up_s": 900.0, "again_s": 10.0, "is_parked_due": True, "limit": 9}
+    found = ledger.due(**(options | changes))  # type: ignore[arg-type]
+    return [(each.idempotency_key, each.is_given_up) for each in found]
+
+
+@pytest.mark.parametrize(
+    ("status", "is_due"),
+    [
+        (Status.HELD, True),
+        (Status.PARKED, True),
+        (Status.IN_FLIGHT, False),
+        (Status.IN_DOUBT, False),
+        (Status.RELEASED, False),
+        (Status.ACCEPTED, False),
+        (Status.SUCCEEDED, False),
+    ],
+)
+def test_what_its_record_will_bring_on_is_not_due(
+    ledger: Ledger, database: Database, status: Status, *, is_due: bool
+) -> None:
+    make(status, ledger, database, order())
+
+    assert due(ledger) == ([("app:r1", False)] if is_due else [])
+
+
+@pytest.mark.parametrize("status", [Status.IN_DOUBT, Status.RELEASED])
+def test_what_the_source_gave_up_on_is_due(
+    ledger: Ledger, database: Database, status: Status
+) -> None:
+    make(status, ledger, database, order())
+    database.execute("UPDATE topup SET updated_at = '2001-01-01 00:00:00'")
+
+    assert due(ledger) == [("app:r1", True)]
+
+
+def test_claim_whose_lease_is_over_is_due(ledger: Ledger, database: Database) -> None:
+    claimed(ledger, order())
+    let_lease_end(database, order())
+
+    assert due(ledger) == [("app:r1", False)]
+
+
+def test_only_the_first_in_line_is_due(ledger: Ledger, database: Database) -> None:
+    make(Status.PARKED, ledger, database, order("r1"))
+    assert ledger.hold(order("r2"))
+    assert ledger.hold(order("r3"))
+
+    assert due(ledger) == [("app:r1", False)]
+    assert due(ledger, is_parked_due=False) == []
+    database.execute(
+        "UPDATE topup SET status = 'succeeded' WHERE idempotency_key = 'app:r1'"
+    )
+    assert due(ledger) == [("app:r2", False)]
+    assert due(ledger, msisdn="+393330000009") == []
+
+
+def test_parked_order_is_due_again_only_after_a_while(
+    ledger: Ledger, database: Database
+) -> None:
+    make(Status.PARKED, ledger, database, order())
+    ledger.looked("app:r1")
+    assert due(ledger) == []
+
+    database.execute("UPDATE topup SET looked_at = '2001-01-01 00:00:00'")
+    assert due(ledger) == [("app:r1", False)]
+
+
+def test_nothing_is_due_while_paused(ledger: Ledger, database: Database) -> None:
+    make(Status.HELD, ledger, database, order())
+    database.execute(
+        "INSERT INTO pause VALUES ('app', 'ann', 'test', '2000-01-01 00:00:00')"
+    )
+
+    assert due(ledger) == []
+
+
+def accepted(ledger: Ledger, watch_s: float = 60) -> list[str]:
+    found = ledger.accepted(again_s=10, watch_s=watch_s, limit=9)
+    return [each.idempotency_key for each in found]
+
+
+def test_accepted_order_is_followed_and_then_watched_for_a_reversal(
+    ledger: Ledger, database: Database
+) -> None:
+    entry = make(Status.ACCEPTED, ledger, database, order())
+    make(Status.SUCCEEDED, ledger, database, order("plain"))
+    assert accepted(ledger) == ["app:r1"]
+
+    assert ledger.end_doubt(entry, DONE)
+    assert database.row("app:r1")["status"] == "succeeded"
+    assert accepted(ledger) == ["app:r1"]
+    assert accepted(ledger, watch_s=0) == []
+
+    ledger.record_reversal("app:r1", entry.token or "", "R-1")
+    assert accepted(ledger) == []
+    assert database.row("app:r1")["status"] == "succeeded"
+    assert database.rows("attempt")[-1]["classified"] == "reversed"
 
 
 def refused(raw: bytes = b"{", position: Position | None = None) -> Refused:

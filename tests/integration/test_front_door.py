@@ -508,18 +508,31 @@ def test_refused_connection_is_answered_with_503_and_runs_again(
     "fault",
     [Fault.EXECUTE_THEN_DROP, Fault.ERROR_AFTER, Fault.GARBAGE, Fault.HALF_BODY],
 )
-def test_unknown_outcome_is_answered_with_503_and_found_out(
-    system: System, fault: Fault
-) -> None:
+def test_unknown_outcome_is_found_out_at_once(system: System, fault: Fault) -> None:
     order = new_order()
     system.fault(order, fault)
 
     reply = system.post(order)
 
-    assert (reply.status, reply.outcome) == (503, "in_doubt")
-    assert system.status_of(order) == "in_doubt"
-    assert system.post(order).status == 200
+    assert reply.status == 200
+    assert system.status_of(order) == "succeeded"
     assert system.calls(order) == system.executions(order) == 1
+
+
+def test_unknown_outcome_that_cannot_be_found_out_now_is_parked_with_424(
+    system: System,
+) -> None:
+    order = new_order()
+    system.fault(order, Fault.EXECUTE_THEN_DROP)
+    key = key_of(order)
+    system.api.add_faults(Script(Fault.ERROR_BEFORE, key=key, on="lookup", status=500))
+
+    reply = system.post(order)
+
+    assert (reply.status, reply.outcome) == (424, "parked")
+    assert system.status_of(order) == "parked"
+    assert system.post(order).status == 424
+    assert system.calls(order) == 1
 
 
 @pytest.mark.parametrize("fault", [Fault.UNAUTHORIZED, Fault.REDIRECT])

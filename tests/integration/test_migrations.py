@@ -6,7 +6,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
 from function.errors import LedgerUnavailable
-from function.migrate import migrate, require_migrated
+from function.migrate import SCHEMA_REVISION, migrate, require_migrated
 from function.schema import metadata
 from tests.conftest import Database
 
@@ -39,7 +39,7 @@ def test_times_have_microseconds_on_mariadb(mariadb_database: Database) -> None:
     columns = inspect(mariadb_database.engine).get_columns("topup")
     moments = [each for each in columns if "DATETIME" in str(each["type"]).upper()]
 
-    assert len(moments) == 6
+    assert len(moments) == 7
     assert {getattr(each["type"], "fsp", None) for each in moments} == {6}
 
 
@@ -49,9 +49,11 @@ def test_unmigrated_database_is_said_in_words(database: Database) -> None:
         with pytest.raises(LedgerUnavailable, match="topup migrate"):
             require_migrated(database.engine)
     finally:
-        database.execute("UPDATE alembic_version SET version_num = '0001'")
+        database.execute(
+            "UPDATE alembic_version SET version_num = :head", head=SCHEMA_REVISION
+        )
     require_migrated(database.engine)
 
 
 def test_migrating_again_changes_nothing(database: Database) -> None:
-    assert migrate(database.engine) == migrate(database.engine) == "0001"
+    assert migrate(database.engine) == migrate(database.engine) == SCHEMA_REVISION

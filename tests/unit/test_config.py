@@ -111,7 +111,6 @@ def test_optional_number_is_read_as_a_number() -> None:
     [
         "LEDGER_TIMEOUT_S",
         "RECHARGE_API_TIMEOUT_S",
-        "RECHARGE_API_USELESS_ANSWERS_MAX",
         "RECHARGE_API_IDLE_S",
         "RECHARGE_API_REPLAY_WINDOW_S",
         "RECHARGE_API_SETTLE_S",

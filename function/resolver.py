@@ -1,0 +1,294 @@
+"""The resolver: settles by look-up what can be settled, and runs what was held.
+
+Owns when an order that nobody else will bring on is taken up; must never decide about
+an answer or change a row itself: it goes through the same `Processing` and the same
+claim protocol as the function, so any number of resolvers and pods may race.
+
+    run       until it is told to stop
+    run_once  one round over what is due
+
+Each round: parked orders that the API can be asked about, held ones that are first in
+their subscriber's line, claims whose lease is over, orders on which the source has
+given up, accepted ones up to their end, and succeeded ones that may be taken back.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from function import telemetry
+from function.api_auth import make_authenticator
+from function.api_profile import ApiProfile, Kind, load_profile
+from function.config import Settings
+from function.database import make_engine
+from function.errors import EventError, LedgerUnavailable
+from function.events import restore_topup
+from function.ledger import Ledger
+from function.model import (
+    Answer,
+    AnswerClass,
+    Finding,
+    Outcome,
+    Status,
+    Stored,
+    TopUp,
+)
+from function.processing import Processing, RechargeApiPort
+from function.recharge_api import RechargeApi
+
+#: What one round counts, by outcome.
+Counts = Counter[str]
+
+#: The most orders of one kind in a round; the rest comes in the next.
+_BATCH: Final = 200
+#: So many in a row that can't be settled end a round: hammering is no help.
+_FAILURES_MAX: Final = 20
+
+_SETTLED: Final = frozenset(
+    {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED, Outcome.ABANDONED}
+)
+_FAILED: Final = frozenset({Outcome.RELEASED, Outcome.REFUSED_US, Outcome.IN_DOUBT})
+
+
+class Resolver:
+    """Brings on what the source will not.
+
+    Args:
+        ledger: finds what is due.
+        processing: brings an order on; made with `is_resolver=True`.
+        api: asked how accepted recharges end.
+        profile: whether the API can be asked at all.
+        given_up_s: age in seconds of the last change after which the source must have
+            given up: its longest backoff plus its timeout.
+        again_s: seconds before an order is looked up again.
+        watch_s: seconds for which a recharge that was accepted is watched for a late
+            reversal after its success.
+        is_stopping: true once no new order may be taken up.
+        alert: told of what a person must look at.
+
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        processing: Processing,
+        api: RechargeApiPort,
+        profile: ApiProfile,
+        *,
+        given_up_s: float,
+        again_s: float,
+        watch_s: float,
+        is_stopping: Callable[[], bool] = lambda: False,
+        alert: Callable[[str, str, str], None] = telemetry.alert,
+    ) -> None:
+        self._ledger = ledger
+        self._processing = processing
+        self._api = api
+        self._profile = profile
+        self._given_up_s = given_up_s
+        self._again_s = again_s
+        self._watch_s = watch_s
+        self._is_stopping = is_stopping
+        self._alert = alert
+
+    def run(self, stop: threading.Event, interval_s: float) -> None:
+        """Run rounds until told to stop; an unreachable ledger is waited for.
+
+        Args:
+            stop: set by whoever wants it to end; a running call finishes.
+            interval_s: seconds between two rounds that found nothing to settle.
+
+        """
+        while not stop.is_set():
+            counts: Counts = Counter()
+            try:
+                counts = self.run_once()
+            except LedgerUnavailable as error:
+                self._alert("ledger_unavailable", "", str(error))
+            if counts:
+                telemetry.log("resolver_round", **dict(counts))
+            # What was settled has made way for others: go on at once.
+            if not any(counts[outcome.value] for outcome in _SETTLED):
+                stop.wait(interval_s)
+
+    def run_once(self) -> Counts:
+        """Bring on everything that is due, once.
+
+        Returns how many orders ended in each outcome.
+
+        Raises:
+            LedgerUnavailable: what was begun is safe; run it again.
+
+        """
+        counts: Counts = Counter()
+        failures = 0
+        for stored in self._due():
+            if self._is_stopping() or failures >= _FAILURES_MAX:
+                break
+            outcome = self._bring_on(stored)
+            counts[outcome.value] += 1
+            failures = 0 if outcome in _SETTLED else failures + 1
+            if outcome in _SETTLED:
+                counts.update(self._drain(stored.msisdn))
+        counts.update(self._follow())
+        return counts
+
+    def drain(self, msisdn: str) -> int:
+        """Run what is held of one subscriber, in order, as far as it goes.
+
+        Returns how many orders were settled.
+
+        Raises:
+            LedgerUnavailable: what was begun is safe; run it again.
+
+        """
+        counts = self._drain(msisdn)
+        return sum(counts[outcome.value] for outcome in _SETTLED)
+
+    def _due(self, msisdn: str | None = None) -> list[Stored]:
+        return self._ledger.due(
+            given_up_s=self._given_up_s,
+            again_s=self._again_s,
+            is_parked_due=self._profile.kind is not Kind.NONE,
+            limit=_BATCH,
+            msisdn=msisdn,
+        )
+
+    def _drain(self, msisdn: str) -> Counts:
+        """Each settled order makes the next one first in line.
+
+        Crash here: what was claimed is in flight, and its lease runs out; the rest is
+        held, and any resolver or pod goes on (tests/e2e/test_resolver.py).
+        """
+        counts: Counts = Counter()
+        while not self._is_stopping():
+            held = [each for each in self._due(msisdn) if each.status is Status.HELD]
+            if not held:
+                break
+            outcome = self._bring_on(held[0])
+            counts[outcome.value] += 1
+            if outcome not in _SETTLED:
+                break
+        return counts
+
+    def _bring_on(self, stored: Stored) -> Outcome:
+        """Go on with one order where the ledger says it stands."""
+        order = self._restore(stored)
+        if order is None:
+            return Outcome.UNFORESEEN
+        self._ledger.looked(stored.idempotency_key)
+        receipt = self._processing.resume(order)
+        telemetry.log(
+            "resolved",
+            key=order.idempotency_key,
+            attempt=receipt.attempt,
+            outcome=receipt.outcome.value,
+            reason=receipt.reason or None,
+            reference=receipt.reference,
+            subscriber=telemetry.mask(order.msisdn),
+        )
+        self._leave(order, stored, receipt.outcome)
+        return receipt.outcome
+
+    def _leave(self, order: TopUp, stored: Stored, outcome: Outcome) -> None:
+        """Leave a row so that it is found again: no record will come for it."""
+        entry, _ = self._ledger.look(order)
+        if entry is None:
+            return
+        if entry.status is Status.RELEASED and outcome in _FAILED:
+            self._ledger.wait_again(entry)
+        elif entry.status is Status.IN_DOUBT and (
+            # Of a claim whose lease is over the record may still come again.
+            stored.is_given_up or stored.status is not Status.IN_FLIGHT
+        ):
+            self._ledger.park(entry)
+
+    def _restore(self, stored: Stored) -> TopUp | None:
+        try:
+            return restore_topup(stored.payload, stored.position)
+        except EventError:
+            self._alert("payload_unreadable", stored.idempotency_key, "")
+            return None
+
+    def _follow(self) -> Counts:
+        """Follow accepted recharges to their end, and watch for late reversals."""
+        counts: Counts = Counter()
+        if self._profile.look_up is None:
+            return counts
+        for stored in self._ledger.accepted(
+            again_s=self._again_s, watch_s=self._watch_s, limit=_BATCH
+        ):
+            order = self._restore(stored)
+            if self._is_stopping() or order is None:
+                break
+            self._ledger.looked(stored.idempotency_key)
+            outcome = self._follow_one(order)
+            if outcome is not None:
+                counts[outcome] += 1
+        return counts
+
+    def _follow_one(self, order: TopUp) -> str | None:
+        key = order.idempotency_key
+        entry, _ = self._ledger.look(order)
+        if entry is None:
+            return None
+        found = self._api.look_up(entry.rendered_key)
+        if entry.status is Status.SUCCEEDED:
+            if found.finding is not Finding.REVERSED:
+                return None
+            self._ledger.record_reversal(key, entry.token or "", found.reference)
+            self._alert("reversed", key, "")
+            return "reversed"
+        if entry.status is not Status.ACCEPTED:
+            return None
+        match found.finding:
+            case Finding.EXECUTED:
+                answer = Answer(AnswerClass.DONE, reference=found.reference)
+            case Finding.FAILED | Finding.REVERSED:
+                reason = f"accepted_then_{found.finding.value}"
+                answer = Answer(AnswerClass.NO, reason=reason)
+                # The source was told 200: only a person can tell the subscriber.
+                self._alert("rejected_after_accepted", key, reason)
+            case Finding.SEVERAL:
+                self._alert("executed_several_times", key, "")
+                return None
+            case _:
+                return None
+        if not self._ledger.end_doubt(entry, answer):
+            return None
+        return answer.classified.value
+
+
+def make_resolver(
+    settings: Settings, is_stopping: Callable[[], bool] = lambda: False
+) -> Resolver:
+    """Wire a resolver; nothing connects before the first round.
+
+    Raises:
+        SettingsError: a setting is wrong; names it.
+
+    """
+    profile = load_profile(settings)
+    ledger = Ledger(make_engine(settings), profile, lease_s=settings.ledger_lease_s)
+    api = RechargeApi(settings, profile, make_authenticator(settings))
+    processing = Processing(
+        ledger,
+        api,
+        profile,
+        deadline_s=settings.recharge_api_deadline_s,
+        lease_s=settings.ledger_lease_s,
+        is_resolver=True,
+        is_draining=is_stopping,
+        alert=telemetry.alert,
+    )
+    return Resolver(
+        ledger,
+        processing,
+        api,
+        profile,
+        given_up_s=settings.event_redelivery_max_s,
+        again_s=settings.resolver_interval_s,
+        watch_s=settings.recharge_api_reversal_watch_s,
+        is_stopping=is_stopping,
+    )

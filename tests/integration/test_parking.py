@@ -1,0 +1,453 @@
+"""One stuck subscriber holds up nobody else; an outage parks nobody for good."""
+
+from itertools import count
+
+import pytest
+
+from function.api_profile import Kind
+from function.model import Answer, AnswerClass, Finding, LookUp, Outcome, TopUp
+from function.resolver import Resolver
+from tests.conftest import Database
+from tests.integration.test_processing import (
+    ABSENT,
+    ACCEPTED,
+    DONE,
+    EXECUTED,
+    NO,
+    NOT_SENT,
+    UNKNOWN,
+    Pod,
+)
+from tests.orders import order
+
+FAILED = Answer(AnswerClass.UNKNOWN, http_status=500, reason="internal")
+LOST = LookUp(Finding.UNKNOWN, reason="http_500")
+PENDING = LookUp(Finding.PENDING)
+REVERSED = LookUp(Finding.REVERSED, "R-1")
+
+A, B, C = "+393330000001", "+393330000002", "+393330000003"
+
+
+def resolver_of(database: Database, kind: Kind, **more: object) -> tuple[Resolver, Pod]:
+    pod = Pod(database, kind, is_resolver=True, **more)
+    resolver = Resolver(
+        pod.ledger,
+        pod.processing,
+        pod.api,
+        pod.profile,
+        given_up_s=900,
+        again_s=0,
+        watch_s=3600,
+        alert=lambda action, key, _reason: pod.alerts.append((action, key)),
+    )
+    return resolver, pod
+
+
+def first(pod: Pod, topup: TopUp, answer: Answer = FAILED) -> Outcome:
+    """Deliver an order whose attempt, and the one try to find out, are of no use."""
+    is_replay = pod.profile.kind is Kind.REPLAY
+    pod.api.findings = [] if is_replay else [LOST]
+    return pod.deliver(topup, answer, *([answer] if is_replay else []))
+
+
+@pytest.fixture(params=[Kind.REPLAY, Kind.REFUSE, Kind.LOOKUP])
+def pod(request: pytest.FixtureRequest, database: Database) -> Pod:
+    return Pod(database, request.param)
+
+
+def test_lost_answer_is_found_out_at_once(pod: Pod) -> None:
+    """One look-up, or one repetition of the key, before anybody is held up."""
+    is_replay = pod.profile.kind is Kind.REPLAY
+    pod.api.findings = [] if is_replay else [EXECUTED]
+    again = [DONE] if is_replay else []
+
+    assert pod.deliver(order(), UNKNOWN, *again) is Outcome.SUCCEEDED
+
+    assert len(pod.api.sent) == (2 if is_replay else 1)
+
+
+def test_answer_that_took_long_is_not_asked_for_at_once(pod: Pod) -> None:
+    """The subscriber's own first attempt has held the others up for long enough."""
+
+    def take_long() -> None:
+        pod.now += 10
+
+    pod.api.meanwhile = take_long
+
+    assert pod.deliver(order(), UNKNOWN) is Outcome.PARKED
+    assert len(pod.api.sent) == 1
+    assert pod.api.asked == []
+
+
+def test_poisoned_order_is_parked_when_others_succeed_meanwhile(pod: Pod) -> None:
+    other = order("b1", msisdn=B, offset=1, partition=1)
+
+    def others_go_on() -> None:
+        pod.api.meanwhile = lambda: None
+        pod.api.answers.insert(0, DONE)
+        assert pod.processing.process(other).outcome is Outcome.SUCCEEDED
+
+    pod.api.meanwhile = others_go_on
+    poisoned = order("a1", msisdn=A, offset=1)
+
+    assert first(pod, poisoned) is Outcome.PARKED
+    assert pod.deliver(order("a2", msisdn=A, offset=2)) is Outcome.HELD
+    assert pod.deliver(order("c1", msisdn=C, offset=3), DONE) is Outcome.SUCCEEDED
+
+
+def test_first_order_of_an_idle_partition_is_the_probe(pod: Pod) -> None:
+    """Nothing else happens: the next subscriber shows which of the two it is."""
+    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.PARKED
+
+    # The next one succeeds, so it was that order.
+    assert pod.deliver(order("b1", msisdn=B, offset=2), DONE) is Outcome.SUCCEEDED
+
+
+def test_outage_parks_one_probe_and_lets_the_partition_wait(pod: Pod) -> None:
+    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.PARKED
+
+    waiting = order("b1", msisdn=B, offset=2)
+    assert first(pod, waiting) is Outcome.IN_DOUBT
+    again = [FAILED] if pod.profile.kind is Kind.REPLAY else []
+    for _ in range(20):
+        pod.api.findings = [LOST]
+        assert pod.deliver(waiting, *again) is Outcome.IN_DOUBT
+    assert pod.status(waiting) == "in_doubt"
+
+
+def test_outage_seen_elsewhere_parks_nobody(pod: Pod) -> None:
+    """Another partition's order fails, too, while this one's first attempt runs."""
+    claim = pod.ledger.claim(order("b1", msisdn=B, offset=1, partition=1))
+    assert claim
+
+    def other_fails() -> None:
+        pod.api.meanwhile = lambda: None
+        assert pod.ledger.doubt("app:b1", claim.token, FAILED, is_parked=False)
+
+    pod.api.meanwhile = other_fails
+
+    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.IN_DOUBT
+
+
+def test_two_poisoned_heads_do_not_wait_for_each_other(pod: Pod) -> None:
+    """Each sees the other fail, and takes it for an outage, but not for ever."""
+    one = order("a1", msisdn=A, offset=1)
+    other = order("b1", msisdn=B, offset=1, partition=1)
+    outcomes: list[Outcome] = []
+    for topup in (one, other):
+        pod.doubt(topup)
+    for _ in range(30):
+        for topup in (one, other):
+            pod.api.findings = [LOST]
+            answers = [FAILED] if pod.profile.kind is Kind.REPLAY else []
+            if outcomes and Outcome.PARKED in outcomes:
+                break
+            if pod.profile.kind is not Kind.REPLAY:
+                # A look-up is no attempt; the settling time makes it one.
+                pod.let_time_pass()
+                pod.api.findings, answers = [ABSENT], [FAILED]
+            outcomes.append(pod.deliver(topup, *answers))
+
+    assert Outcome.PARKED in outcomes
+    assert outcomes.count(Outcome.IN_DOUBT) >= 5
+
+
+def test_unreachable_api_parks_nobody(pod: Pod) -> None:
+    """Provably nothing was executed: every order waits, released, at its place."""
+    for _ in range(5):
+        topup = order("a1", msisdn=A, offset=1)
+        assert pod.deliver(topup, NOT_SENT) is Outcome.RELEASED
+    assert pod.status(topup) == "released"
+
+
+def test_probe_of_an_outage_is_taken_up_by_the_resolver(
+    pod: Pod, database: Database
+) -> None:
+    kind = pod.profile.kind
+    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.PARKED
+    assert pod.deliver(order("a2", msisdn=A, offset=2)) is Outcome.HELD
+    resolver, rpod = resolver_of(database, kind)
+    # The API is back: for `replay` it answers the key, else it is asked by it.
+    rpod.api.answers = [DONE, DONE] if kind is Kind.REPLAY else [DONE]
+    rpod.api.findings = [EXECUTED]
+
+    counts = resolver.run_once()
+
+    assert counts["succeeded"] == 2
+    assert [row["status"] for row in database.rows("topup")] == ["succeeded"] * 2
+    sent = [key for key, _ in rpod.api.sent]
+    assert sent == (["app:a1", "app:a2"] if kind is Kind.REPLAY else ["app:a2"])
+
+
+def test_absent_after_the_settling_time_is_called_by_the_resolver_in_order(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.PARKED
+    for number in (2, 3, 4):
+        pod.deliver(order(f"a{number}", msisdn=A, offset=number))
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.findings = [ABSENT]
+    assert resolver.run_once()["in_doubt"] == 1
+    assert rpod.api.sent == []
+
+    pod.let_time_pass()
+    rpod.api.findings, rpod.api.answers = [ABSENT], [DONE] * 4
+    resolver.run_once()
+
+    assert [key for key, _ in rpod.api.sent] == [f"app:a{n}" for n in (1, 2, 3, 4)]
+
+
+def test_resolver_leaves_kind_none_to_a_person(database: Database) -> None:
+    pod = Pod(database, Kind.NONE)
+    assert pod.deliver(order(), UNKNOWN) is Outcome.PARKED
+    pod.let_time_pass()
+    resolver, rpod = resolver_of(database, Kind.NONE)
+
+    assert not resolver.run_once()
+
+    assert not rpod.api.sent
+    assert not rpod.api.asked
+    assert pod.status(order()) == "parked"
+
+
+def test_resolver_never_sends_past_the_window(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    assert first(pod, order(offset=1)) is Outcome.PARKED
+    pod.let_time_pass()
+    resolver, rpod = resolver_of(database, Kind.REPLAY)
+
+    resolver.run_once()
+    assert rpod.api.sent == []
+
+    asking, apod = resolver_of(database, Kind.REPLAY, kind_after_window=Kind.REFUSE)
+    apod.api.findings = [ABSENT, EXECUTED]
+    asking.run_once()
+    assert pod.status(order()) == "parked"
+    asking.run_once()
+    assert pod.status(order()) == "succeeded"
+    assert apod.api.sent == []
+
+
+def test_resolver_takes_up_a_claim_whose_pod_died(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert pod.ledger.claim(order())
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    assert not resolver.run_once()
+    pod.let_lease_end()
+    rpod.api.findings = [EXECUTED]
+
+    assert resolver.run_once()["succeeded"] == 1
+
+
+def age(database: Database) -> None:
+    database.execute("UPDATE topup SET updated_at = '2001-01-01 00:00:00'")
+
+
+def test_resolver_takes_up_what_the_source_gave_up_on(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.doubt(order("a1", msisdn=A))
+    assert pod.deliver(order("b1", msisdn=B), NOT_SENT) is Outcome.RELEASED
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    assert not resolver.run_once()
+
+    age(database)
+    rpod.api.findings, rpod.api.answers = [LOST], [DONE]
+    resolver.run_once()
+
+    # It is parked until it can be settled: later ones are held, not refused.
+    assert pod.status(order("a1")) == "parked"
+    assert pod.status(order("b1")) == "succeeded"
+
+
+def test_held_order_that_was_not_sent_waits_in_line_again(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    claim = pod.ledger.claim(order("a1", msisdn=A))
+    assert claim
+    assert pod.deliver(order("a2", msisdn=A)) is Outcome.WAITING
+    assert pod.ledger.settle("app:a1", claim.token, DONE)
+    resolver, rpod = resolver_of(database, Kind.REPLAY)
+    rpod.api.answers = [NOT_SENT]
+
+    resolver.run_once()
+    assert pod.status(order("a2")) == "held"
+
+    rpod.api.answers = [DONE]
+    resolver.run_once()
+    assert pod.status(order("a2")) == "succeeded"
+
+
+def test_parked_order_that_was_not_sent_stays_parked(database: Database) -> None:
+    """Doubt is sticky, and no record comes again that would end it."""
+    pod = Pod(database, Kind.REPLAY)
+    assert first(pod, order(offset=1)) is Outcome.PARKED
+    resolver, rpod = resolver_of(database, Kind.REPLAY)
+    rpod.api.answers = [NOT_SENT, DONE]
+
+    resolver.run_once()
+    assert pod.status(order()) == "parked"
+
+    resolver.run_once()
+    assert pod.status(order()) == "succeeded"
+
+
+def test_new_order_in_the_middle_of_a_release_runs_after_the_held_ones(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.PARKED
+    for number in (2, 3):
+        pod.deliver(order(f"a{number}", msisdn=A, offset=number))
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    numbers = count(4)
+
+    def new_one_arrives() -> None:
+        if rpod.api.sent[-1][0] == "app:a2":
+            newest = order(f"a{next(numbers)}", msisdn=A, offset=4)
+            assert pod.deliver(newest) in {Outcome.HELD, Outcome.WAITING}
+
+    rpod.api.meanwhile = lambda: new_one_arrives() if rpod.api.sent else None
+    rpod.api.findings, rpod.api.answers = [EXECUTED], [DONE] * 3
+
+    resolver.run_once()
+
+    assert [key for key, _ in rpod.api.sent] == ["app:a2", "app:a3", "app:a4"]
+    assert {row["status"] for row in database.rows("topup")} == {"succeeded"}
+
+
+def test_pause_stops_the_resolver_too(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert first(pod, order(offset=1)) is Outcome.PARKED
+    database.execute("INSERT INTO pause VALUES ('*', 'a', 'b', '2001-01-01')")
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+
+    assert not resolver.run_once()
+    assert rpod.api.asked == []
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "alert"),
+    [
+        (EXECUTED, "succeeded", None),
+        (PENDING, "accepted", None),
+        (LOST, "accepted", None),
+        (ABSENT, "accepted", None),
+        (LookUp(Finding.FAILED), "rejected", "rejected_after_accepted"),
+        (REVERSED, "rejected", "rejected_after_accepted"),
+        (LookUp(Finding.SEVERAL), "accepted", "executed_several_times"),
+    ],
+)
+def test_accepted_recharge_is_followed_to_its_end(
+    database: Database, found: LookUp, status: str, alert: str | None
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert pod.deliver(order(), ACCEPTED) is Outcome.ACCEPTED
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.findings = [found]
+
+    resolver.run_once()
+
+    assert pod.status(order()) == status
+    assert rpod.alerts == ([(alert, "app:r1")] if alert else [])
+
+
+def test_late_reversal_is_recorded_and_the_terminal_status_stands(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert pod.deliver(order(), ACCEPTED) is Outcome.ACCEPTED
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.findings = [EXECUTED, EXECUTED, REVERSED]
+    for _ in range(5):
+        resolver.run_once()
+
+    assert pod.status(order()) == "succeeded"
+    assert rpod.alerts == [("reversed", "app:r1")]
+    evidence = [row["classified"] for row in database.rows("attempt")]
+    assert evidence[-1] == "reversed"
+    assert rpod.api.findings == []
+
+
+def test_repetition_of_a_parked_order_is_answered_as_the_first_time(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert first(pod, order(offset=1)) is Outcome.PARKED
+
+    for _ in range(3):
+        assert pod.deliver(order(offset=1)) is Outcome.PARKED
+    assert len(pod.api.sent) == 1
+
+
+def test_no_by_the_resolver_is_a_rejection(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    assert first(pod, order(offset=1)) is Outcome.PARKED
+    resolver, rpod = resolver_of(database, Kind.REPLAY)
+    rpod.api.answers = [NO]
+
+    assert resolver.run_once()["rejected"] == 1
+
+
+def test_resolver_asks_with_the_key_as_it_was_sent(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE, key_render="uuid4")
+    assert first(pod, order(offset=1)) is Outcome.PARKED
+    (_, rendered) = pod.api.sent[0]
+    # The profile has changed since; the ledger remembers what was sent.
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.findings = [EXECUTED]
+
+    resolver.run_once()
+
+    assert rpod.api.asked == [rendered]
+    assert rendered != "app:r1"
+
+
+def test_outage_of_an_api_that_cannot_be_asked_is_not_tried_order_by_order(
+    database: Database,
+) -> None:
+    """Kind `none`: each try would be a doubt for good."""
+    pod = Pod(database, Kind.NONE)
+    orders = [
+        order(f"o{number}", msisdn=f"+39333000{number:04}") for number in range(500)
+    ]
+    waiting = iter(orders)
+    current = next(waiting)
+    for _ in range(500):
+        # Seven minutes of outage, at a delivery a second.
+        pod.now += 1
+        pod.api.answers = [UNKNOWN]
+        outcome = pod.processing.process(current).outcome
+        if outcome is Outcome.PARKED:
+            current = next(waiting)
+        else:
+            assert outcome is Outcome.API_AWAY
+    parked = len(database.rows("topup"))
+    assert 3 < parked < 20
+
+    # One goes first; when it succeeds, all go.
+    pod.now += 60
+    pod.api.answers = [DONE] * 10
+    for _ in range(10):
+        assert pod.processing.process(current).outcome is Outcome.SUCCEEDED
+        current = next(waiting)
+
+
+def test_poisoned_subscriber_does_not_make_the_others_rest(database: Database) -> None:
+    pod = Pod(database, Kind.NONE)
+    for number in range(5):
+        poisoned = order(f"p{number}", msisdn=f"+3933311{number:05}")
+        assert pod.deliver(poisoned, UNKNOWN) is Outcome.PARKED
+        other = order(f"o{number}", msisdn=f"+3933322{number:05}")
+        assert pod.deliver(other, DONE) is Outcome.SUCCEEDED
+
+
+def test_resting_pod_still_answers_repetitions(database: Database) -> None:
+    pod = Pod(database, Kind.NONE)
+    assert pod.deliver(order("ok", msisdn=B), DONE) is Outcome.SUCCEEDED
+    for number in range(3):
+        topup = order(f"p{number}", msisdn=f"+3933311{number:05}")
+        assert pod.deliver(topup, UNKNOWN) is Outcome.PARKED
+
+    assert pod.deliver(order("ok", msisdn=B)) is Outcome.SUCCEEDED
+    assert pod.deliver(order("p0", msisdn="+393331100000")) is Outcome.PARKED
+    assert pod.deliver(order("new", msisdn=C)) is Outcome.API_AWAY
