@@ -9,6 +9,7 @@ repeat a call, follow a redirect, or decide what an answer means (the profile do
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -261,6 +262,8 @@ class _Reaper:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_stopped = False
+        #: The moment for which the thread has set its alarm.
+        self._wakes_at = math.inf
 
     def watch(self, call: _Call) -> None:
         with self._changed:
@@ -271,7 +274,10 @@ class _Reaper:
                     target=self._run, name="reaper", daemon=True
                 )
                 self._thread.start()
-            self._changed.notify()
+            # Later deadlines wait for the alarm that is set: a thread that is woken at
+            # each call would cost more than it guards.
+            if call.deadline < self._wakes_at:
+                self._changed.notify()
 
     def forget(self, call: _Call) -> None:
         with self._changed:
@@ -288,8 +294,9 @@ class _Reaper:
                 for call in [each for each in self._calls if each.is_over()]:
                     call.cut()
                     self._calls.discard(call)
-                left_s = min((each.left_s() for each in self._calls), default=None)
-                self._changed.wait(left_s)
+                first = min(self._calls, key=lambda each: each.deadline, default=None)
+                self._wakes_at = first.deadline if first else math.inf
+                self._changed.wait(first.left_s() if first else None)
 
 
 class _Watched(HTTPConnection):
