@@ -15,8 +15,9 @@ from typing import Final
 
 import requests
 
+from demo.faults import Fault, Script
 from demo.processes import FunctionPart
-from demo.recharge_api import Fault, Kind, SandboxRechargeApi, Script
+from demo.recharge_api import Kind, SandboxRechargeApi
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Final, Literal
 
-from demo.recharge_api import BookEntry
+from demo.book import BookEntry
 
 Expected = Literal["valid", "refused"]
 

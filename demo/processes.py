@@ -16,7 +16,7 @@ from typing import Final, Self
 
 import requests
 
-from demo.recharge_api import Script
+from demo.faults import Script
 from demo.services import LOOPBACK, PROJECT, ProcessGroup, free_port
 
 #: It takes about a second; on a busy laptop it may take long.

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Final
 
 from demo.account import Account
+from demo.faults import Fault, Script
 from demo.producers import App, Order, subscriber
-from demo.recharge_api import Fault, Script
 from demo.scenes import Facts, in_parallel
 from demo.stage import TIMEOUT_S, Stage
 

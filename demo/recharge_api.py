@@ -1,6 +1,7 @@
-"""Owns the sandbox recharge API: a real HTTP server, its faults, and its own book.
+"""Owns the sandbox recharge API: a real HTTP server, its rules, and its control.
 
 It must never import `function` or look at the ledger: its book is the judge of both.
+The book is book.py's; which fault a request gets, faults.py says.
 
     POST /recharges ──> called ──> check and execute, under one lock ──> the answer
                           │                      │                     minus what the
@@ -25,23 +26,24 @@ import ssl
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 from urllib.parse import parse_qs, urlsplit
+
+from demo.book import Book, BookEntry, BookWriter, Entry
+from demo.faults import RANDOM_FAULTS, UNTOUCHED, Fault, Script, Scripts, draw
 
 KEY_CHARACTERS_MAX = 200
 #: An order is a few hundred bytes; a bigger body is a mistake of the caller.
 BODY_BYTES_MAX = 64 * 1024
 AMOUNT_MINOR_MAX = 2**63 - 1
 
-#: How long a scripted or random fault waits unless it says otherwise.
-FAULT_DELAY_S = 2.0
 #: Longer than any scheduler hiccup; a thread that outlives it is a bug of this file.
 _STOP_DEADLINE_S = 5.0
 #: How late an accepted recharge may be carried out; short against `finish_after_s`.
@@ -63,273 +65,6 @@ class Kind(StrEnum):
     LOOKUP = "lookup"
     #: Executed again, no look-up.
     NONE = "none"
-
-
-class Fault(StrEnum):
-    """What goes wrong with one request."""
-
-    #: Nothing; a script with it lets calls pass that a later script would match.
-    NONE = "none"
-
-    #: Close the connection with no answer; not executed.
-    DROP_BEFORE = "drop_before"
-    #: No answer for `delay_s` or until the faults are cleared, then 503; not executed.
-    HANG = "hang"
-    #: `status` (500 or 503) without executing.
-    ERROR_BEFORE = "error_before"
-    #: 429 with Retry-After; not executed.
-    RATE_LIMITED = "rate_limited"
-    #: 409 `similar_recently`; not executed.
-    SAME_CONTENT = "same_content"
-    #: 401; not executed.
-    UNAUTHORIZED = "unauthorized"
-    #: 307 to a page that doesn't exist; not executed.
-    REDIRECT = "redirect"
-
-    #: The definite no: `status` (422) with `code`; the key is used by it.
-    REJECT = "reject"
-    #: 202; executed after `delay_s`.
-    ACCEPT = "accept"
-    #: 202; fails for good after `delay_s`.
-    ACCEPT_THEN_FAIL = "accept_then_fail"
-    #: Executed and answered; taken back after `delay_s`.
-    REVERSE_LATER = "reverse_later"
-    #: Executed after `delay_s`, though the caller may have gone; then answered.
-    LATE_EXECUTE = "late_execute"
-
-    #: Executed; close the connection with no answer.
-    EXECUTE_THEN_DROP = "execute_then_drop"
-    #: Executed at once; answered after `delay_s`.
-    EXECUTE_THEN_LATE = "execute_then_late"
-    #: Executed; SIGKILL to the process group `pgid`; close with no answer.
-    EXECUTE_THEN_KILL = "execute_then_kill"
-    #: Executed; then `status` (500).
-    ERROR_AFTER = "error_after"
-    #: Executed; headers and half the body, then close.
-    HALF_BODY = "half_body"
-    #: Executed; the answer comes one byte every `delay_s`.
-    DRIP = "drip"
-    #: Executed; 200 with a body that isn't JSON.
-    GARBAGE = "garbage"
-
-
-#: What chance picks from unless told: the faults that leave the order executable.
-RANDOM_FAULTS = (
-    Fault.DROP_BEFORE,
-    Fault.HANG,
-    Fault.ERROR_BEFORE,
-    Fault.RATE_LIMITED,
-    Fault.LATE_EXECUTE,
-    Fault.EXECUTE_THEN_DROP,
-    Fault.EXECUTE_THEN_LATE,
-    Fault.ERROR_AFTER,
-    Fault.HALF_BODY,
-    Fault.DRIP,
-    Fault.GARBAGE,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A fault on request, for the requests that it matches.
-
-    Raises:
-        ValueError: a field makes no sense.
-
-    """
-
-    fault: Fault
-    #: How many requests it is for; None: until it is cleared.
-    times: int | None = 1
-    #: Only for this subscriber, or for this key; empty: for all.
-    msisdn: str = ""
-    key: str = ""
-    #: Which request it spoils: the recharge itself, or the look-up.
-    on: Literal["recharge", "lookup"] = "recharge"
-    #: Of the answer of `error_before`, `error_after`, `reject`; 0: the usual one.
-    status: int = 0
-    #: The error code of that answer; empty: the usual one.
-    code: str = ""
-    #: Seconds; None: `FAULT_DELAY_S`, or `finish_after_s` for what ends later.
-    delay_s: float | None = None
-    #: The process group that `execute_then_kill` kills.
-    pgid: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "fault", Fault(self.fault))
-        if self.times is not None and self.times < 1:
-            raise ValueError("times is a positive number, or null for always")
-        if self.on not in {"recharge", "lookup"}:
-            raise ValueError("on is recharge or lookup")
-        if self.delay_s is not None and self.delay_s < 0:
-            raise ValueError("delay_s is not negative")
-        # 0, 1 and our own group would kill the judge, or the machine.
-        killable = self.pgid > 1 and self.pgid != os.getpgrp()
-        if self.fault is Fault.EXECUTE_THEN_KILL and not killable:
-            raise ValueError("execute_then_kill needs the pgid of another group")
-
-    @classmethod
-    def from_json(cls, document: object) -> Self:
-        """Read one script of the control's list.
-
-        Raises:
-            ValueError: it isn't a script.
-
-        """
-        if not isinstance(document, dict):
-            raise ValueError("a script is an object")  # noqa: TRY004
-        # The control's users write null for "not given".
-        given = {k: v for k, v in document.items() if v is not None or k == "times"}
-        try:
-            return cls(**given)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds that the fault takes."""
-        return FAULT_DELAY_S if self.delay_s is None else self.delay_s
-
-    def matches(self, on: str, key: str, msisdn: str) -> bool:
-        """Whether it is for this request."""
-        return (
-            self.on == on
-            and self.key in {"", key}
-            and (not self.msisdn or self.msisdn == msisdn)
-        )
-
-
-_UNTOUCHED = Script(Fault.NONE, times=None)
-
-
-Entry = Literal["called", "accepted", "executed", "rejected", "looked_up", "reversed"]
-
-
-@dataclass(frozen=True, slots=True)
-class BookEntry:
-    """One line of the book; what doesn't apply is empty and not written."""
-
-    #: When, UTC.
-    at: datetime
-    #: `called`: a POST was read. `accepted`: taken over, ends at `due_at`.
-    #: `executed`: credit moved. `rejected`: it never will. `looked_up`: a look-up was
-    #: read. `reversed`: credit was taken back.
-    entry: Entry
-    #: Joins what one POST caused; numbers go up in the order of the book.
-    call: int = 0
-    key: str = ""
-    msisdn: str = ""
-    amount_minor: int = 0
-    currency: str = ""
-    reference: str = ""
-    fault: str = ""
-    #: Hash of the request's body: tells a repetition from a reused key.
-    content: str = ""
-    #: Of a rejection.
-    status: int = 0
-    code: str = ""
-    #: When an accepted recharge ends, or an executed one is taken back.
-    due_at: datetime | None = None
-
-    def to_json(self) -> dict[str, str | int]:
-        """Its JSON document, as in the file."""
-        document = {_JSON_NAMES.get(k, k): v for k, v in asdict(self).items() if v}
-        return {
-            k: v.isoformat(timespec="microseconds") if isinstance(v, datetime) else v
-            for k, v in document.items()
-        }
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Self:
-        """Read one line of the file.
-
-        Raises:
-            ValueError: it isn't one of ours.
-
-        """
-        document = json.loads(line)
-        if not isinstance(document, dict):
-            raise ValueError("an entry is an object")  # noqa: TRY004
-        given = {f.name: document.get(_JSON_NAMES.get(f.name, f.name)) for f in _FIELDS}
-        for name in ("at", "due_at"):
-            if (text := given[name]) is not None:
-                given[name] = datetime.fromisoformat(text)
-        try:
-            return cls(**{k: v for k, v in given.items() if v is not None})
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-
-
-_FIELDS = fields(BookEntry)
-_JSON_NAMES = {"amount_minor": "amountMinor", "due_at": "dueAt"}
-
-
-class Book:
-    """Reads what the sandbox wrote down: the judge of the whole project.
-
-    May be read at any time, by any process, also while the sandbox writes or after it
-    was killed: a line without its end is not there yet. A book that doesn't exist yet
-    is empty.
-
-    Args:
-        path: the JSONL file.
-
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-
-    def entries(self) -> list[BookEntry]:
-        """All entries, in the order of their effect.
-
-        Raises:
-            ValueError: a whole line is unreadable; then nothing can be judged.
-
-        """
-        try:
-            lines = self.path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
-        return [BookEntry.from_json(line) for line in lines[:-1]]
-
-    def calls(self) -> list[BookEntry]:
-        """Every POST that was read, whatever came of it."""
-        return self._all("called")
-
-    def executions(self) -> list[BookEntry]:
-        """Every movement of credit, in the order of execution."""
-        return self._all("executed")
-
-    def executions_by_key(self) -> dict[str, list[BookEntry]]:
-        """The executions of each key; more than one is a double."""
-        by_key: dict[str, list[BookEntry]] = {}
-        for execution in self.executions():
-            by_key.setdefault(execution.key, []).append(execution)
-        return by_key
-
-    def _all(self, entry: Entry) -> list[BookEntry]:
-        return [e for e in self.entries() if e.entry == entry]
-
-
-class _BookWriter:
-    """Appends to the book, each entry in one write: it is there whole or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-        self._descriptor = os.open(path, flags, 0o644)
-        # A line cut by a full disk never took effect; the next must not grow onto it.
-        content = path.read_bytes()
-        os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
-
-    def append(self, entry: BookEntry) -> None:
-        line = json.dumps(entry.to_json(), separators=(",", ":")).encode() + b"\n"
-        if os.write(self._descriptor, line) != len(line):
-            raise OSError("the book's disk is full")
-
-    def close(self) -> None:
-        # A straggler must not write into a file that gets the same number.
-        descriptor, self._descriptor = self._descriptor, -1
-        os.close(descriptor)
 
 
 class _InvalidRequestError(Exception):
@@ -465,48 +200,6 @@ def _unauthorized() -> _Answer:
     return _error(401, "unauthorized", WWW_Authenticate="Bearer")
 
 
-class _Scripts:
-    """The scripted faults; consumed one by one, whoever asks."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._scripts: list[Script] = []
-        self._wake = threading.Event()
-
-    def add(self, scripts: Iterable[Script]) -> None:
-        with self._lock:
-            self._scripts += scripts
-
-    def clear(self) -> None:
-        with self._lock:
-            self._scripts = []
-        self.wake()
-
-    def wake(self) -> None:
-        """End every hang that has begun."""
-        with self._lock:
-            self._wake.set()
-            self._wake = threading.Event()
-
-    def left(self) -> list[Script]:
-        with self._lock:
-            return list(self._scripts)
-
-    def take(
-        self, on: str, key: str, msisdn: str = ""
-    ) -> tuple[Script | None, threading.Event]:
-        """The first script that matches, and what wakes a hang of it."""
-        with self._lock:
-            for index, script in enumerate(self._scripts):
-                if script.matches(on, key, msisdn):
-                    if script.times == 1:
-                        del self._scripts[index]
-                    elif script.times is not None:
-                        self._scripts[index] = replace(script, times=script.times - 1)
-                    return script, self._wake
-            return None, self._wake
-
-
 @dataclass(frozen=True, slots=True)
 class _Settings:
     """How this sandbox behaves; see `SandboxRechargeApi`."""
@@ -587,7 +280,7 @@ class _Recharges:
     at the start the book's entries are applied again.
     """
 
-    def __init__(self, settings: _Settings, book: Path, scripts: _Scripts) -> None:
+    def __init__(self, settings: _Settings, book: Path, scripts: Scripts) -> None:
         self._settings = settings
         self._scripts = scripts
         self._lock = threading.Lock()
@@ -598,7 +291,7 @@ class _Recharges:
         self._by_call: dict[int, _Recharge] = {}
         #: What ends later: (when, call).
         self._due: list[tuple[datetime, int]] = []
-        self._writer = _BookWriter(book)
+        self._writer = BookWriter(book)
         for entry in Book(book).entries():
             self._apply(entry)
 
@@ -716,13 +409,13 @@ class _Recharges:
         self._write(end)
 
     def _random(self, key: str) -> Script:
-        """Chance as a function of seed, key and attempt: threads can't change it."""
-        attempt = self._calls[key] + 1
-        digest = hashlib.sha256(f"{self._settings.seed}:{attempt}:{key}".encode())
-        draw, pick = (int.from_bytes(digest.digest()[i : i + 8]) for i in (0, 8))
-        if draw >= self._settings.fault_rate * 2**64:
-            return _UNTOUCHED
-        return Script(self._settings.faults[pick % len(self._settings.faults)])
+        return draw(
+            key,
+            self._calls[key] + 1,
+            seed=self._settings.seed,
+            fault_rate=self._settings.fault_rate,
+            faults=self._settings.faults,
+        )
 
     def _write(self, entry: BookEntry) -> None:
         self._writer.append(entry)
@@ -976,7 +669,7 @@ class _RechargeHandler(_Handler):
             return self.send(_error(400, *error.args))
         script, wake = self.server.api.scripts.take("lookup", key)
         recharges.note_look_up(key)
-        return self._play(script or _UNTOUCHED, wake, lambda: recharges.look_up(key))
+        return self._play(script or UNTOUCHED, wake, lambda: recharges.look_up(key))
 
     def _is_authorized(self) -> bool:
         token_file = self.server.api.bearer_token_file
@@ -1148,7 +841,7 @@ class SandboxRechargeApi:
         self.book = Book(book)
         self.host, self.port, self.control_port = host, port, control_port
         self._tls = _tls_context(tls_cert, tls_key)
-        self.scripts = _Scripts()
+        self.scripts = Scripts()
         self.stopping = threading.Event()
         self._listening_lock = threading.Lock()
         self._front: _Server | None = None

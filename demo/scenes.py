@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from demo.account import Account
+from demo.faults import Fault, Script
 from demo.judge import Sent
 from demo.producers import App, Order, Shape, subscriber
-from demo.recharge_api import Fault, Script
 from demo.stage import TIMEOUT_S, Stage
 
 #: What a scene found, for report.json.

@@ -16,6 +16,7 @@ from typing import Final, Self
 
 import requests
 
+from demo.book import Book, BookEntry
 from demo.dead_letter_sink import DeadLetterSink
 from demo.grounds import Grounds
 from demo.judge import Delivered, LedgerView, Sent, place_in_topic, place_of_bytes
@@ -28,7 +29,6 @@ from demo.processes import (
     ResolverPart,
 )
 from demo.producers import App, Records, Shape, write_dead_letters
-from demo.recharge_api import Book, BookEntry
 from demo.services import PROJECT, free_port, write_private
 from demo.subject import DEADLINES, GROUP, Subject
 

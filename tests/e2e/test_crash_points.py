@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from demo.recharge_api import Fault, Kind, SandboxRechargeApi, Script
+from demo.faults import Fault, Script
+from demo.recharge_api import Kind, SandboxRechargeApi
 from tests.conftest import Database
 from tests.e2e.test_resolver import env_of, resolver, wait_until
 from tests.orders import data, headers

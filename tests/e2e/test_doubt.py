@@ -8,7 +8,9 @@ from typing import Final
 
 import pytest
 
-from demo.recharge_api import Book, Fault, Kind, SandboxRechargeApi, Script
+from demo.book import Book
+from demo.faults import Fault, Script
+from demo.recharge_api import Kind, SandboxRechargeApi
 from function.operations import Operations, Verdict
 from tests.conftest import Database
 from tests.e2e.test_resolver import (

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import requests
 
+from demo.book import Book
+from demo.faults import Fault, Script
 from demo.processes import Part
-from demo.recharge_api import Book, Fault, Kind, SandboxRechargeApi, Script
+from demo.recharge_api import Kind, SandboxRechargeApi
 from tests.conftest import Database
 from tests.orders import data, headers
 from tests.processes import DEADLINE_S, FunctionProcess, function_env

@@ -22,7 +22,8 @@ from typing import Any, Final, NamedTuple, Self, cast
 import pytest
 from cloudevents.http import from_http
 
-from demo.recharge_api import Fault, Kind, SandboxRechargeApi, Script
+from demo.faults import Fault, Script
+from demo.recharge_api import Kind, SandboxRechargeApi
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate

@@ -23,7 +23,8 @@ import pytest
 import requests
 import trustme
 
-from demo.recharge_api import Fault, Kind, SandboxRechargeApi, Script
+from demo.faults import Fault, Script
+from demo.recharge_api import Kind, SandboxRechargeApi
 from function.api_auth import make_authenticator
 from function.api_profile import load_profile
 from function.config import Settings

@@ -24,13 +24,9 @@ import trustme
 import yaml
 from openapi_spec_validator import validate as validate_openapi
 
-from demo.recharge_api import (
-    Book,
-    Fault,
-    Kind,
-    SandboxRechargeApi,
-    Script,
-)
+from demo.book import Book
+from demo.faults import Fault, Script
+from demo.recharge_api import Kind, SandboxRechargeApi
 
 ROOT = Path(__file__).parents[2]
 MSISDN = "+41790000001"

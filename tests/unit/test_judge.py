@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from demo.book import BookEntry
 from demo.judge import (
     Delivered,
     LedgerView,
@@ -15,7 +16,6 @@ from demo.judge import (
     place_in_topic,
     place_of_bytes,
 )
-from demo.recharge_api import BookEntry
 
 ALICE = "+447700900001"
 BOB = "+447700900002"
