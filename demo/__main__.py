@@ -11,7 +11,7 @@ import click
 from confluent_kafka import KafkaException
 
 from demo.processes import PartFailed
-from demo.services import ServerError, ServiceMissing
+from demo.server_process import ServerError, ServiceMissing
 from demo.story import Services, play
 
 _BROKEN = 2

@@ -15,21 +15,18 @@ from typing import Final, Literal
 from sqlalchemy import make_url
 
 from certs.make_certs import make_certs
-from demo.mock_cluster import MockCluster
-from demo.services import (
+from demo.kafka_broker import (
     KafkaCluster,
     KafkaServer,
-    MariaDb,
-    MariaDbServer,
     dead_letter_acls,
     find_java,
-    find_mariadb,
     kafka_from_environment,
-    mariadb_from_environment,
     producer_acls,
     source_acls,
-    write_private,
 )
+from demo.mariadb import MariaDb, MariaDbServer, find_mariadb, mariadb_from_environment
+from demo.mock_cluster import MockCluster
+from demo.server_process import write_private
 from demo.subject import GROUP, Database
 
 Config = dict[str, str | int | bool]

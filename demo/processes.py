@@ -1,8 +1,8 @@
 """The function and the sandbox recharge API as processes of the story.
 
 Owns their start, their end and their logs; nothing outlives the process that started
-it, not even when that one is killed (demo/services.py's guard sees to that). Must never
-import `function`: what is shown is what runs by itself.
+it, not even when that one is killed (demo/server_process.py's guard sees to that). Must
+never import `function`: what is shown is what runs by itself.
 """
 
 import http.client
@@ -17,7 +17,7 @@ from typing import Final, Self
 import requests
 
 from demo.faults import Script
-from demo.services import LOOPBACK, PROJECT, ProcessGroup, free_port
+from demo.server_process import LOOPBACK, PROJECT, ProcessGroup, free_port
 
 #: It takes about a second; on a busy laptop it may take long.
 START_TIMEOUT_S: Final = 45.0

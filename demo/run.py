@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from demo.processes import FunctionPart, PartFailed, RechargeApiPart
-from demo.services import PROJECT
+from demo.server_process import PROJECT
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate

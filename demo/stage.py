@@ -29,7 +29,7 @@ from demo.processes import (
     ResolverPart,
 )
 from demo.producers import App, Records, Shape, write_dead_letters
-from demo.services import PROJECT, free_port, write_private
+from demo.server_process import PROJECT, free_port, write_private
 from demo.subject import DEADLINES, GROUP, Subject
 
 #: A retry budget of 11 s: longer than every outage of the story, short enough that

@@ -20,7 +20,7 @@ from demo.account import Account
 from demo.judge import Verdict, judge
 from demo.processes import PartFailed
 from demo.rebalance import rebalance
-from demo.services import PROJECT
+from demo.server_process import PROJECT
 from demo.stage import Stage
 from demo.subject import Function, Naive, Subject
 

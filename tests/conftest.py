@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from demo.services import KafkaCluster, MariaDb
+from demo.kafka_broker import KafkaCluster
+from demo.mariadb import MariaDb
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate

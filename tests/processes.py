@@ -1,7 +1,7 @@
 """The function as a real process under a real server, for tests that kill it.
 
 Owns its start, its end and its log. A group never outlives its test, not even a killed
-test run (demo/services.py's guard sees to that). Must never import `function`.
+test run (demo/server_process.py's guard sees to that). Must never import `function`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from demo.services import ProcessGroup
+from demo.server_process import ProcessGroup
 
 ROOT: Final = Path(__file__).parents[1]
 #: Starting takes about a second; three test runs on two slow cores take longer.

@@ -13,15 +13,9 @@ from typing import TypeVar
 import pytest
 
 from certs.make_certs import make_certs
-from demo.services import (
-    KafkaCluster,
-    KafkaServer,
-    MariaDb,
-    MariaDbServer,
-    ServiceMissing,
-    kafka_from_environment,
-    mariadb_from_environment,
-)
+from demo.kafka_broker import KafkaCluster, KafkaServer, kafka_from_environment
+from demo.mariadb import MariaDb, MariaDbServer, mariadb_from_environment
+from demo.server_process import ServiceMissing
 
 T = TypeVar("T")
 

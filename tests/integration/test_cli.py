@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 from click.testing import CliRunner, Result
 
-from demo.services import MariaDb
+from demo.mariadb import MariaDb
 from function.cli import main
 from function.config import Settings
 from function.errors import SettingsError

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
 from certs.make_certs import make_certs
-from demo.services import MariaDb
+from demo.mariadb import MariaDb
 from function.api_profile import load_profile
 from function.database import connected, make_engine, transaction
 from function.errors import ClaimUncertain, LedgerUnavailable, SettingsError

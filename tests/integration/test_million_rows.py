@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, event
 
-from demo.services import MariaDb
+from demo.mariadb import MariaDb
 from function.api_profile import load_profile
 from function.database import make_engine
 from function.ledger import Ledger

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError
 
-from demo.services import MariaDb
+from demo.mariadb import MariaDb
 from function.api_profile import load_profile
 from function.database import describe, make_engine
 from function.errors import LedgerUnavailable, SettingsError

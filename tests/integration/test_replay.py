@@ -13,8 +13,8 @@ import requests
 from confluent_kafka import Producer
 
 from demo.dead_letter_sink import DeadLetterSink
+from demo.kafka_broker import KafkaCluster
 from demo.recharge_api import Kind, SandboxRechargeApi
-from demo.services import KafkaCluster
 from function.replay import (
     Letter,
     ReplayFailed,

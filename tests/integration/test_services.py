@@ -33,15 +33,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from certs.make_certs import main as make_certs_command
 from certs.make_certs import make_certs
-from demo import services
-from demo.services import (
-    Config,
-    KafkaServer,
-    MariaDbServer,
-    ProcessGroup,
-    ServerError,
-    ServiceMissing,
-)
+from demo import kafka_broker, services
+from demo.kafka_broker import Config, KafkaServer
+from demo.mariadb import MariaDbServer, find_mariadb, mariadb_from_environment
+from demo.server_process import PROJECT, ProcessGroup, ServerError, ServiceMissing
 from tests.servers import private_kafka, private_mariadb, require
 
 DEADLINE_S = 20.0
@@ -172,7 +167,7 @@ def test_a_process_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
 _PARENT = """
 import sys, time
 from pathlib import Path
-from demo.services import MariaDbServer
+from demo.mariadb import MariaDbServer
 from certs.make_certs import make_certs
 
 folder = Path(sys.argv[1])
@@ -185,12 +180,12 @@ time.sleep(1000)
 
 @needs_proc
 def test_a_server_dies_with_its_killed_parent(tmp_path: Path) -> None:
-    require(services.find_mariadb)
+    require(find_mariadb)
     parent = subprocess.Popen(
         [sys.executable, "-c", _PARENT, tmp_path],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=services.PROJECT,
+        cwd=PROJECT,
     )
     with parent:
         try:
@@ -207,7 +202,7 @@ def test_a_server_dies_with_its_killed_parent(tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    require(services.find_mariadb)
+    require(find_mariadb)
     server = MariaDbServer(
         tmp_path / "db", make_certs(tmp_path / "certs"), options=["--no-such-option"]
     )
@@ -255,15 +250,15 @@ def test_the_check_is_a_failure_only_in_ci(
 def test_jars_without_the_marker_of_a_whole_fetch_are_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    libs = tmp_path / "build" / f"kafka-libs-{services.kafka_version()}"
+    libs = tmp_path / "build" / f"kafka-libs-{kafka_broker.kafka_version()}"
     libs.mkdir(parents=True)
     (libs / "kafka_2.13.jar").write_text("half a download")
-    monkeypatch.setattr(services, "PROJECT", tmp_path)
+    monkeypatch.setattr(kafka_broker, "PROJECT", tmp_path)
     monkeypatch.setenv("PATH", "")
 
-    assert services.kafka_libs() is None
+    assert kafka_broker.kafka_libs() is None
     with pytest.raises(ServiceMissing, match="install maven"):
-        services.fetch_kafka()
+        kafka_broker.fetch_kafka()
 
 
 @pytest.mark.parametrize(
@@ -278,13 +273,13 @@ def test_a_given_database_without_its_ca_is_refused(
 ) -> None:
     given = {"LEDGER_DATABASE_URL": "mysql+pymysql://u:secret@db/ledger"} | env
     with pytest.raises(ServiceMissing, match=named) as refused:
-        services.mariadb_from_environment(given)
+        mariadb_from_environment(given)
     assert "secret" not in str(refused.value)
 
 
 def test_nothing_given_is_nothing_found() -> None:
-    assert services.mariadb_from_environment({}) is None
-    assert services.kafka_from_environment({}) is None
+    assert mariadb_from_environment({}) is None
+    assert kafka_broker.kafka_from_environment({}) is None
 
 
 # --- MariaDB ---------------------------------------------------------------------
@@ -462,7 +457,7 @@ def test_a_given_database_serves_like_a_private_one(
         cursor.execute("GRANT GRANT OPTION ON *.* TO dba")
     (tmp_path / "password").write_text("of-the-house\n")
 
-    found = services.mariadb_from_environment(
+    found = mariadb_from_environment(
         {
             "LEDGER_DATABASE_URL": f"mysql+pymysql://dba@127.0.0.1:{mariadb.port}/x",
             "LEDGER_PASSWORD_FILE": str(tmp_path / "password"),
@@ -494,9 +489,9 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
     with private_kafka(tmp_path_factory.mktemp("kafka")) as server:
         server.create_topic(TOPIC)
         server.create_topic(DEAD_LETTERS, partitions=1)
-        server.create_user("producer", services.producer_acls(TOPIC))
-        server.create_user("source", services.source_acls(TOPIC, GROUP))
-        server.create_user("dead-letters", services.dead_letter_acls(DEAD_LETTERS))
+        server.create_user("producer", kafka_broker.producer_acls(TOPIC))
+        server.create_user("source", kafka_broker.source_acls(TOPIC, GROUP))
+        server.create_user("dead-letters", kafka_broker.dead_letter_acls(DEAD_LETTERS))
         server.create_user("nobody")
         yield server
 
@@ -531,7 +526,7 @@ def produce(config: Config, topic: str, *values: str) -> int | None:
     """Write one record for each value; the code of the error that refused, or None."""
     codes: list[int | None] = []
     defaults: Config = {"enable.idempotence": True, "partitioner": "murmur2_random"}
-    producer = Producer(defaults | config, logger=services._logger)
+    producer = Producer(defaults | config, logger=kafka_broker._logger)
     for value in values:
         producer.produce(
             topic,
@@ -556,7 +551,7 @@ class Reader:
                 "auto.offset.reset": "earliest",
                 "enable.auto.commit": False,
             },
-            logger=services._logger,
+            logger=kafka_broker._logger,
         )
 
     def __enter__(self) -> Self:
@@ -714,8 +709,8 @@ def test_secrets_are_in_private_files_only(kafka: KafkaServer) -> None:
 @pytest.mark.slow
 def test_a_killed_broker_keeps_its_records_users_and_rights(kafka: KafkaServer) -> None:
     kafka.create_topic("kept")
-    kafka.create_user("keeper", services.producer_acls("kept"))
-    kafka.create_user("reader", services.source_acls("kept", "readers"))
+    kafka.create_user("keeper", kafka_broker.producer_acls("kept"))
+    kafka.create_user("reader", kafka_broker.source_acls("kept", "readers"))
     sent = {f"kept-{number}" for number in range(100)}
     assert produce(kafka.client_config("keeper"), "kept", *sent) is None
 
@@ -746,7 +741,7 @@ def test_a_given_broker_serves_like_a_private_one(
 ) -> None:
     (tmp_path / "password").write_text(f"{kafka.admin_config()['sasl.password']}\n")
 
-    found = services.kafka_from_environment(
+    found = kafka_broker.kafka_from_environment(
         {
             "KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
             "KAFKA_SASL_USERNAME": "admin",
@@ -757,5 +752,5 @@ def test_a_given_broker_serves_like_a_private_one(
 
     assert found is not None
     found.create_topic("found", partitions=2)
-    found.create_user("finder", services.producer_acls("found"))
+    found.create_user("finder", kafka_broker.producer_acls("found"))
     assert produce(found.client_config("finder"), "found", "x") is None
