@@ -18,9 +18,10 @@ import requests
 
 from demo.book import Book, BookEntry
 from demo.dead_letter_sink import DeadLetterSink
+from demo.delivery import Delivery
 from demo.grounds import Grounds
 from demo.judge import Delivered, LedgerView, Sent, place_in_topic, place_of_bytes
-from demo.kafka_source import Delivery, KafkaSource
+from demo.kafka_source import KafkaSource
 from demo.processes import (
     FunctionPart,
     Part,

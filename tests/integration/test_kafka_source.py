@@ -19,7 +19,8 @@ import requests
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
 
 from demo.dead_letter_sink import DeadLetterSink
-from demo.kafka_source import Attempt, Counters, Delivery, KafkaSource
+from demo.delivery import Attempt, Counters, Delivery
+from demo.kafka_source import KafkaSource
 from demo.mock_cluster import MockCluster, MockClusterFullError
 
 DEADLINE_S = 20.0

@@ -20,7 +20,7 @@ from demo.cloud_event_mapping import (
     to_cloud_event,
     unsendable_header,
 )
-from demo.kafka_source import (
+from demo.delivery import (
     MAX_POLL_INTERVAL_MS_MAX,
     Delivery,
     backoff_s,
