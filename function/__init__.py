@@ -11,7 +11,8 @@ Read in this order, which is the order of one event, then of what surrounds it:
     recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials
     model.py          statuses, transitions, outcomes; errors.py the error tree
     resolver.py       what the source will not bring again: doubt settled, line drained
-    operations.py     what people do: decide, pause, purge; grants.py their rights
+    operations.py     what people do: look, decide, pause; grants.py their rights
+    retention.py      what goes: purge, payloads, a forgotten number
     reconcile.py      the API operator's statement against the ledger
     replay.py         quarantine and dead letters through the front door again
     config.py         settings; telemetry.py logs; migrate.py and cli.py for operators
@@ -25,6 +26,6 @@ LAYERS = (
     ("config", "telemetry", "door"),
     ("api_profile", "api_auth", "events", "schema", "database"),
     ("migrate", "ledger", "recharge_api", "processing"),
-    ("operations", "reconcile", "replay", "grants", "resolver"),
+    ("operations", "retention", "reconcile", "replay", "grants", "resolver"),
     ("main", "cli", "gunicorn.conf"),
 )

@@ -30,14 +30,7 @@ from function.errors import LedgerUnavailable, TopupError
 from function.grants import script
 from function.migrate import migrate as run_migrations
 from function.model import Status
-from function.operations import (
-    EVERYTHING,
-    Filters,
-    Horizon,
-    Operations,
-    OrderRow,
-    Verdict,
-)
+from function.operations import EVERYTHING, Filters, Operations, OrderRow, Verdict
 from function.reconcile import COLUMNS, EXECUTED, Format, Summary
 from function.reconcile import reconcile as compare
 from function.replay import (
@@ -50,6 +43,7 @@ from function.replay import (
     read_properties,
     spool_topic,
 )
+from function.retention import Horizon, Retention
 
 #: What the database's numbers mean to a person at a terminal.
 _HINTS: Final = {
@@ -429,15 +423,15 @@ def purge(
 ) -> None:
     """Delete settled orders that no record can come again for."""
     settings = Settings.ledger_only()
-    operations = Operations(make_engine(settings))
+    retention = Retention(make_engine(settings))
     if not (yes or dry_run):
         what = "Empty payloads" if payloads else "Delete settled orders"
         click.confirm(f"{what} for good?", abort=True, err=True)
     if payloads:
-        count = operations.blank_payloads(older_than, batch=batch, is_dry_run=dry_run)
+        count = retention.blank_payloads(older_than, batch=batch, is_dry_run=dry_run)
         rows = [{"what": "payloads", "count": count}]
     else:
-        purged = operations.purge(
+        purged = retention.purge(
             older_than, Horizon.of(settings), batch=batch, is_dry_run=dry_run
         )
         rows = [{"what": name, "count": n} for name, n in purged.orders.items()]
@@ -476,7 +470,7 @@ def forget(*, subscriber: str, key_file: Path, yes: bool, as_json: bool) -> None
             raise click.UsageError("a number from stdin needs --yes")
     if not yes:
         click.confirm("Replace this number for good?", abort=True, err=True)
-    forgotten = _operations().forget(subscriber, key_file)
+    forgotten = Retention(_engine()).forget(subscriber, key_file)
     if as_json:
         _print_json(asdict(forgotten))
         return

@@ -12,7 +12,8 @@ Owns the error classes; imports nothing.
     │   ├── LedgerUnavailable  nothing is known to be half-done: 503, deliver again
     │   ├── ClaimUncertain     perhaps committed: never send, disown the token, 503
     │   └── IllegalTransition  a bug: the ledger refuses a move that model forbids
-    └── MigrationError         the schema can't be brought up to date
+    ├── MigrationError         the schema can't be brought up to date
+    └── OperationRefused       what a person or a job asked is wrong now
 
 A recharge that fails is no exception: it is an `Answer` with a class.
 """
@@ -75,3 +76,7 @@ class IllegalTransition(LedgerError):
 
 class MigrationError(TopupError):
     """The ledger's schema can't be brought up to date; the message says why."""
+
+
+class OperationRefused(TopupError):
+    """The ledger is as it was: what was asked is wrong now; the message says why."""

@@ -1,4 +1,4 @@
-"""What people and their jobs do to the ledger: look, decide, pause, purge, forget.
+"""What people do to the ledger: look, decide, release, pause.
 
 Owns those statements; must never call the recharge API, put a row in flight, or write
 who a person is: the database's own account signs a decision.
@@ -7,15 +7,11 @@ Every change of status is a compare-and-set on the status and the attempt that w
 seen, along `model.TRANSITIONS`. Clocks are the database's.
 """
 
-import base64
 import heapq
-import hmac
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum, unique
-from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -23,31 +19,29 @@ from sqlalchemy import (
     Engine,
     RowMapping,
     Select,
-    String,
-    and_,
     case,
     delete,
     func,
     insert,
-    literal,
-    or_,
     select,
     update,
 )
 from sqlalchemy.exc import IntegrityError
 
-from function.config import Settings
 from function.database import connected, transaction
-from function.errors import IllegalTransition, TopupError
-from function.model import TERMINAL, TRANSITIONS, Status
+from function.errors import IllegalTransition, OperationRefused
+from function.model import TRANSITIONS, Status
 from function.schema import (
     UNPROVEN,
-    After,
     AgeS,
     Now,
+    ago,
     attempt,
     decision,
+    hinted,
     is_before,
+    is_behind,
+    moment_text,
     pause,
     pause_log,
     quarantine,
@@ -56,21 +50,11 @@ from function.schema import (
 
 #: The scope of a pause of everything; channels are percent-encoded, so none is `*`.
 EVERYTHING: Final = "*"
-_MICROS: Final = 1_000_000
-_DAY_S: Final = 86_400
-_KEYS_A_STATEMENT: Final = 500
+#: So much of a line is enough to show what stands in it.
+_LINE_MAX: Final = 500
 _HELD_SUBSCRIBERS: Final = 10
 _REASON_CHARACTERS_MAX: Final = 500
 _NAME_CHARACTERS_MAX: Final = 200
-#: HMAC-SHA256 wants a key as long as its hash.
-_KEY_BYTES_MIN: Final = 32
-_NUMBER: Final = re.compile(r"\+[0-9]{4,15}")
-#: Settled for good, in the order in which `purge` takes them.
-_SETTLED: Final = tuple(sorted(TERMINAL))
-
-
-class OperationRefused(TopupError):
-    """The ledger is as it was: what was asked is wrong now; the message says why."""
 
 
 @unique
@@ -251,56 +235,6 @@ class Decided:
 
 
 @dataclass(frozen=True, slots=True)
-class Horizon:
-    """For how long a record can still come (again)."""
-
-    topic_retention_s: float
-    dead_letter_retention_s: float
-    replay_s: float
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Horizon":
-        """The horizon that the settings describe."""
-        return cls(
-            settings.topic_retention_s,
-            settings.dead_letter_retention_s,
-            settings.replay_horizon_s,
-        )
-
-    @property
-    def total_s(self) -> float:
-        """A settled row that is younger must stay."""
-        return self.topic_retention_s + self.dead_letter_retention_s + self.replay_s
-
-    def arithmetic(self) -> str:
-        """The sum, as a message shows it."""
-        parts = (self.topic_retention_s, self.dead_letter_retention_s, self.replay_s)
-        shown = " + ".join(f"{each / _DAY_S:g}" for each in parts)
-        return (
-            f"TOPIC_RETENTION_S + DEAD_LETTER_RETENTION_S + REPLAY_HORIZON_S = "
-            f"{shown} = {self.total_s / _DAY_S:g} days"
-        )
-
-
-@dataclass(slots=True)
-class Purged:
-    """How many rows a purge has taken, or would take."""
-
-    orders: dict[str, int] = field(default_factory=dict)
-    attempts: int = 0
-    quarantined: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What `forget` replaced; all 0 the second time."""
-
-    pseudonym: str
-    orders: int
-    quarantined: int
-
-
-@dataclass(frozen=True, slots=True)
 class Released:
     """What stood in a subscriber's line before the drain, and how many it ran."""
 
@@ -309,7 +243,7 @@ class Released:
 
 
 class Operations:
-    """The ledger as people and jobs use it.
+    """The ledger as people use it.
 
     Args:
         engine: from `database.make_engine`, with the account of whoever acts.
@@ -344,7 +278,7 @@ class Operations:
             queries, column = [query], topup.c.place
         else:
             statuses = filters.statuses or tuple(Status)
-            walked = _hinted(_ORDERS, "by_status")
+            walked = hinted(_ORDERS, "by_status")
             queries = [
                 self._narrowed(walked, filters).where(topup.c.status == status)
                 for status in statuses
@@ -354,7 +288,7 @@ class Operations:
         with connected(self._engine) as connection:
             for query in queries:
                 if after:
-                    query = query.where(_is_behind(column, *after))  # noqa: PLW2901
+                    query = query.where(is_behind(column, *after))  # noqa: PLW2901
                 ordered = query.order_by(column, topup.c.idempotency_key)
                 rows = connection.execute(ordered.limit(filters.limit + 1)).mappings()
                 pages.append([_order(row) for row in rows])
@@ -367,7 +301,7 @@ class Operations:
         if len(orders) <= filters.limit:
             return Page(orders, None)
         last = orders[filters.limit - 1]
-        moment = self._text(getattr(last, name))
+        moment = moment_text(getattr(last, name), is_sqlite=self._is_sqlite)
         return Page(orders[: filters.limit], f"{moment}/{last.idempotency_key}")
 
     def show(self, key: str) -> Story:
@@ -404,7 +338,7 @@ class Operations:
 
     def stats(self) -> Stats:
         """Counts and oldest ages: one walk over an index, none over the table."""
-        by_status = _hinted(
+        by_status = hinted(
             select(
                 topup.c.status.label("name"),
                 func.count().label("n"),
@@ -413,7 +347,7 @@ class Operations:
             "by_status",
         ).group_by(topup.c.status)
         held = (
-            _hinted(
+            hinted(
                 select(
                     topup.c.msisdn.label("name"),
                     func.count().label("n"),
@@ -541,7 +475,7 @@ class Operations:
         unsettled = (
             _ORDERS.where(topup.c.msisdn == subscriber, topup.c.unsettled == 1)
             .order_by(topup.c.place, topup.c.idempotency_key)
-            .limit(_KEYS_A_STATEMENT)
+            .limit(_LINE_MAX)
         )
         with connected(self._engine) as connection:
             line = [_order(row) for row in connection.execute(unsettled).mappings()]
@@ -599,137 +533,11 @@ class Operations:
                 raise OperationRefused(f"{scope} is not paused")
             _log_switch(connection, scope, "resume", reason)
 
-    # -- Purge and forget ----------------------------------------------------------
-
-    def purge(
-        self,
-        older_than_s: float,
-        horizon: Horizon,
-        *,
-        batch: int = 1000,
-        is_dry_run: bool = False,
-    ) -> Purged:
-        """Delete settled orders with their attempts, and quarantine; in batches.
-
-        Decisions stay. An order that isn't settled is never touched, however old.
-
-        Args:
-            older_than_s: age of the last change of status, or of the recording.
-            horizon: nothing younger may go: its record could come again.
-            batch: rows a transaction.
-            is_dry_run: only count.
-
-        Raises:
-            OperationRefused: younger than the horizon; shows the arithmetic.
-
-        """
-        if older_than_s < horizon.total_s:
-            raise OperationRefused(
-                f"{older_than_s / _DAY_S:g} days are less than "
-                f"{horizon.arithmetic()}: a record can come again for so long, and "
-                "without its row it would be recharged a second time"
-            )
-        cut = self._cut(older_than_s)
-        purged = Purged()
-        for status in _SETTLED:
-            purged.orders[status.value] = 0
-            for keys in self._walk(status, cut, batch):
-                if is_dry_run:
-                    purged.orders[status.value] += len(keys)
-                    continue
-                orders, attempts = self._delete(status, keys)
-                purged.orders[status.value] += orders
-                purged.attempts += attempts
-        purged.quarantined = self._purge_quarantine(cut, batch, is_dry_run=is_dry_run)
-        return purged
-
-    def blank_payloads(
-        self, older_than_s: float, *, batch: int = 1000, is_dry_run: bool = False
-    ) -> int:
-        """Empty the payloads of settled orders: personal, and not needed any more.
-
-        The row stays, so a redelivery is still recognised: no horizon applies.
-
-        Returns how many were emptied, or would be.
-        """
-        cut = self._cut(older_than_s)
-        blanked = 0
-        for status in _SETTLED:
-            for keys in self._walk(status, cut, batch):
-                these = and_(
-                    topup.c.idempotency_key.in_(keys),
-                    topup.c.status == status,
-                    func.length(topup.c.payload) > 0,
-                )
-                with connected(self._engine) as connection:
-                    if is_dry_run:
-                        count = select(func.count()).select_from(topup).where(these)
-                        blanked += connection.scalar(count) or 0
-                    else:
-                        blank = update(topup).where(these).values(payload=b"")
-                        blanked += connection.execute(blank).rowcount
-        return blanked
-
-    def forget(self, msisdn: str, key_file: Path) -> Forgotten:
-        """Replace a subscriber's number by a keyed hash wherever it is identifiable.
-
-        That is the number and the payload of its orders, the API's words about them,
-        and quarantine that belongs to one of them or quotes the number. Its orders
-        stay recognised, by their keys. Once the key file is destroyed nobody can
-        tell whose they were; while it exists, its owner can link a number to them,
-        so it is made for one batch of requests and destroyed after it.
-
-        Args:
-            msisdn: in E.164 with +.
-            key_file: at least 32 random bytes.
-
-        Raises:
-            OperationRefused: something of the subscriber is open, or the key is too
-                short.
-
-        """
-        if not _NUMBER.fullmatch(msisdn):
-            raise OperationRefused("the subscriber must be a number in E.164, with +")
-        pseudonym = _pseudonym(msisdn, key_file)
-        mine = topup.c.msisdn == msisdn
-        with transaction(self._engine) as connection:
-            open_ = connection.execute(
-                select(topup.c.idempotency_key, topup.c.status)
-                .where(mine, topup.c.status.not_in(_SETTLED))
-                .limit(1)
-            ).first()
-            if open_ is not None:
-                raise OperationRefused(
-                    f"{open_.idempotency_key} of this subscriber is {open_.status}: "
-                    "settle it first"
-                )
-            keys = list(connection.scalars(select(topup.c.idempotency_key).where(mine)))
-            quarantined = _blank_quarantine(
-                connection, func.instr(quarantine.c.raw, msisdn.encode()) > 0
-            )
-            for some in _chunks(keys):
-                connection.execute(
-                    update(attempt)
-                    .where(attempt.c.idempotency_key.in_(some))
-                    .values(words="")
-                )
-                quarantined += _blank_quarantine(
-                    connection, quarantine.c.idempotency_key.in_(some)
-                )
-                connection.execute(
-                    update(topup)
-                    .where(
-                        topup.c.idempotency_key.in_(some), topup.c.status.in_(_SETTLED)
-                    )
-                    .values(msisdn=pseudonym, payload=b"")
-                )
-        return Forgotten(pseudonym, len(keys), quarantined)
-
     # -- Parts ---------------------------------------------------------------------
 
     def _narrowed(self, query: Select[Any], filters: Filters) -> Select[Any]:
         if filters.older_than_s is not None:
-            query = query.where(topup.c.updated_at < _ago(filters.older_than_s))
+            query = query.where(topup.c.updated_at < ago(filters.older_than_s))
         if filters.channel is not None:
             # The key begins with the channel, and every index ends with the key: the
             # server skips other channels without reading their rows.
@@ -740,73 +548,13 @@ class Operations:
             )
         return query
 
-    def _walk(self, status: Status, cut: str, batch: int) -> Iterator[list[str]]:
-        """Keys of a status up to a moment, oldest first; deletes meanwhile are fine."""
-        query = _hinted(
-            select(topup.c.idempotency_key, topup.c.updated_at), "by_status"
-        ).where(topup.c.status == status, topup.c.updated_at < literal(cut, String))
-        query = query.order_by(topup.c.updated_at, topup.c.idempotency_key)
-        after: tuple[str, str] | None = None
-        while True:
-            page = (
-                query.where(_is_behind(topup.c.updated_at, *after))
-                if after
-                else (query)
-            )
-            with connected(self._engine) as connection:
-                rows = connection.execute(page.limit(batch)).all()
-            if rows:
-                yield [row.idempotency_key for row in rows]
-                after = self._text(rows[-1].updated_at), rows[-1].idempotency_key
-            if len(rows) < batch:
-                return
-
-    def _delete(self, status: Status, keys: Sequence[str]) -> tuple[int, int]:
-        with transaction(self._engine) as connection:
-            attempts = connection.execute(
-                delete(attempt).where(attempt.c.idempotency_key.in_(keys))
-            )
-            orders = connection.execute(
-                delete(topup).where(
-                    topup.c.idempotency_key.in_(keys), topup.c.status == status
-                )
-            )
-            return orders.rowcount, attempts.rowcount
-
-    def _purge_quarantine(self, cut: str, batch: int, *, is_dry_run: bool) -> int:
-        old = quarantine.c.recorded_at < literal(cut, String)
-        with connected(self._engine) as connection:
-            if is_dry_run:
-                count = select(func.count()).select_from(quarantine).where(old)
-                return connection.scalar(count) or 0
-            purged = 0
-            some = select(quarantine.c.id).where(old).limit(batch)
-            while ids := list(connection.scalars(some)):
-                gone = connection.execute(
-                    delete(quarantine).where(quarantine.c.id.in_(ids))
-                )
-                purged += gone.rowcount
-            return purged
-
-    def _cut(self, older_than_s: float) -> str:
-        """One moment for the whole run, by the database's clock."""
-        with connected(self._engine) as connection:
-            moment = connection.scalar(select(_ago(older_than_s)))
-        return self._text(moment)
-
-    def _text(self, moment: datetime | str) -> str:
-        """A moment as the database writes it, so that it compares as it should."""
-        if isinstance(moment, str):
-            return moment
-        timespec = "milliseconds" if self._is_sqlite else "microseconds"
-        return moment.isoformat(" ", timespec)
-
     def _after(self, after: str | None) -> tuple[str, str] | None:
         if after is None:
             return None
         moment, _, key = after.partition("/")
         try:
-            return self._text(datetime.fromisoformat(moment)), key
+            at = datetime.fromisoformat(moment)
+            return moment_text(at, is_sqlite=self._is_sqlite), key
         except ValueError:
             raise OperationRefused("--after: give what the page before said") from None
 
@@ -824,23 +572,6 @@ def _order(row: RowMapping) -> OrderRow:
     values = {name: row[name] for name in _ORDER_COLUMNS}
     values["status"] = Status(values["status"])
     return OrderRow(**values, age_s=float(row["age_s"]))
-
-
-def _hinted(query: Select[Any], index: str) -> Select[Any]:
-    """Name the index: a plan that changes with the statistics pages somebody."""
-    for dialect in ("mysql", "mariadb"):
-        query = query.with_hint(topup, f"FORCE INDEX ({index})", dialect)
-    return query
-
-
-def _is_behind(column: Any, moment: str, key: str) -> Any:
-    """Behind a place in (column, key); the first condition is the index's range."""
-    at = literal(moment, String)
-    return and_(column >= at, or_(column > at, topup.c.idempotency_key > key))
-
-
-def _ago(seconds: float) -> After:
-    return After(literal(-round(seconds * _MICROS)))
 
 
 def _one(connection: Connection, key: str) -> RowMapping | None:
@@ -986,32 +717,3 @@ def _log_switch(connection: Connection, scope: str, action: str, reason: str) ->
     connection.execute(
         insert(pause_log).values(scope=scope, action=action, reason=reason)
     )
-
-
-def _pseudonym(msisdn: str, key_file: Path) -> str:
-    """Sixteen characters that no number has: 75 bits of HMAC-SHA256."""
-    try:
-        key = key_file.read_bytes().strip()
-    except OSError as error:
-        raise OperationRefused(f"--key-file: {error.strerror}") from None
-    if len(key) < _KEY_BYTES_MIN:
-        raise OperationRefused(
-            f"--key-file: {len(key)} bytes are too few; make {_KEY_BYTES_MIN} random "
-            "ones, for these requests alone"
-        )
-    digest = hmac.digest(key, msisdn.encode("ascii"), "sha256")
-    return "~" + base64.b32encode(digest).decode("ascii")[:15]
-
-
-def _blank_quarantine(connection: Connection, which: Any) -> int:
-    statement = (
-        update(quarantine)
-        .where(which, func.length(quarantine.c.raw) > 0)
-        .values(raw=b"", attributes=b"{}")
-    )
-    return connection.execute(statement).rowcount
-
-
-def _chunks(keys: Sequence[str]) -> Iterable[Sequence[str]]:
-    for start in range(0, len(keys), _KEYS_A_STATEMENT):
-        yield keys[start : start + _KEYS_A_STATEMENT]

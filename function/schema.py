@@ -4,6 +4,7 @@ Owns the schema as SQLAlchemy tables (migrations/ builds the same, a test compar
 them); must never execute anything.
 """
 
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -17,10 +18,12 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     String,
     Table,
     UniqueConstraint,
     and_,
+    literal,
     or_,
 )
 from sqlalchemy.dialects import mysql
@@ -241,6 +244,7 @@ class AgeS(FunctionElement[Any]):
     inherit_cache = True
 
 
+_MICROS: Final = 1_000_000
 _SQLITE_FORMAT: Final = "'%Y-%m-%d %H:%M:%f'"
 
 
@@ -299,3 +303,29 @@ def is_before(one: Any, other: Any) -> ColumnElement[bool]:
     is_same_moment = one.place == other.place
     is_first_by_key = one.idempotency_key < other.idempotency_key
     return or_(one.place < other.place, and_(is_same_moment, is_first_by_key))
+
+
+def is_behind(column: Any, moment: str, key: str) -> ColumnElement[bool]:
+    """Behind a place in (column, key); the first condition is the index's range."""
+    at = literal(moment, String)
+    return and_(column >= at, or_(column > at, topup.c.idempotency_key > key))
+
+
+def hinted(query: Select[Any], index: str) -> Select[Any]:
+    """Name the index: a plan that changes with the statistics pages somebody."""
+    for dialect in ("mysql", "mariadb"):
+        query = query.with_hint(topup, f"FORCE INDEX ({index})", dialect)
+    return query
+
+
+def ago(seconds: float) -> After:
+    """The database's clock minus some seconds."""
+    return After(literal(-round(seconds * _MICROS)))
+
+
+def moment_text(moment: datetime | str, *, is_sqlite: bool) -> str:
+    """A moment as the database writes it, so that it compares as it should."""
+    if isinstance(moment, str):
+        return moment
+    timespec = "milliseconds" if is_sqlite else "microseconds"
+    return moment.isoformat(" ", timespec)

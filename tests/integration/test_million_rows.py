@@ -20,7 +20,8 @@ from function.database import make_engine
 from function.ledger import Ledger
 from function.migrate import migrate
 from function.model import Answer, AnswerClass, Status
-from function.operations import Filters, Horizon, Operations, Verdict
+from function.operations import Filters, Operations, Verdict
+from function.retention import Horizon, Retention
 from tests.conftest import settings_of
 from tests.orders import order
 
@@ -81,6 +82,11 @@ def engine(mariadb: MariaDb) -> Iterator[Engine]:
 @pytest.fixture
 def operations(engine: Engine) -> Operations:
     return Operations(engine)
+
+
+@pytest.fixture
+def retention(engine: Engine) -> Retention:
+    return Retention(engine)
 
 
 @contextmanager
@@ -252,21 +258,21 @@ def test_claim_and_what_follows_read_a_handful_of_rows(engine: Engine) -> None:
 
 
 def test_purge_walks_by_status_and_deletes_by_key(
-    engine: Engine, operations: Operations
+    engine: Engine, retention: Retention
 ) -> None:
-    dry = operations.purge(99 * DAY_S, HORIZON, is_dry_run=True)
+    dry = retention.purge(99 * DAY_S, HORIZON, is_dry_run=True)
     assert 5_000 < sum(dry.orders.values()) < 15_000
 
-    used = indexes(engine, lambda: operations.purge(99 * DAY_S, HORIZON, batch=1000))
+    used = indexes(engine, lambda: retention.purge(99 * DAY_S, HORIZON, batch=1000))
 
     assert used == {"by_status", "PRIMARY"}
-    left = operations.purge(99 * DAY_S, HORIZON, is_dry_run=True)
+    left = retention.purge(99 * DAY_S, HORIZON, is_dry_run=True)
     assert sum(left.orders.values()) < sum(dry.orders.values()) / 100
 
 
 def test_emptying_payloads_walks_by_status_and_writes_by_key(
-    engine: Engine, operations: Operations
+    engine: Engine, retention: Retention
 ) -> None:
-    used = indexes(engine, lambda: operations.blank_payloads(98 * DAY_S, batch=1000))
+    used = indexes(engine, lambda: retention.blank_payloads(98 * DAY_S, batch=1000))
 
     assert used == {"by_status", "PRIMARY"}

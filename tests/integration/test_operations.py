@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from demo.mariadb import MariaDb
 from function.api_profile import load_profile
 from function.database import describe, make_engine
-from function.errors import LedgerUnavailable, SettingsError
+from function.errors import LedgerUnavailable, OperationRefused, SettingsError
 from function.grants import ROLES, grants_of, script
 from function.ledger import Ledger
 from function.migrate import SCHEMA_REVISION, migrate
@@ -28,14 +28,8 @@ from function.model import (
     Refused,
     Status,
 )
-from function.operations import (
-    EVERYTHING,
-    Filters,
-    Horizon,
-    OperationRefused,
-    Operations,
-    Verdict,
-)
+from function.operations import EVERYTHING, Filters, Operations, Verdict
+from function.retention import Horizon, Retention
 from tests.conftest import Database, settings_of
 from tests.orders import order
 
@@ -147,6 +141,11 @@ def empty(database: Database) -> Database:
 @pytest.fixture
 def operations(empty: Database) -> Operations:
     return Operations(empty.engine)
+
+
+@pytest.fixture
+def retention(empty: Database) -> Retention:
+    return Retention(empty.engine)
 
 
 def decide(
@@ -541,28 +540,28 @@ def test_pause_of_one_channel_leaves_the_others(
 
 
 def test_purge_younger_than_the_horizon_is_refused_with_the_arithmetic(
-    operations: Operations, empty: Database
+    retention: Retention, empty: Database
 ) -> None:
     put(empty, "app:r1", Status.SUCCEEDED, age_s=100 * DAY_S)
 
     with pytest.raises(OperationRefused, match=r"7 \+ 30 \+ 7 = 44 days"):
-        operations.purge(44 * DAY_S - 1, HORIZON)
+        retention.purge(44 * DAY_S - 1, HORIZON)
 
     assert len(empty.rows("topup")) == 1
 
 
 @pytest.mark.parametrize("status", Status)
 def test_purge_takes_old_rows_that_are_settled_for_good_alone(
-    operations: Operations, empty: Database, status: Status
+    retention: Retention, empty: Database, status: Status
 ) -> None:
     put(empty, "app:old", status, age_s=50 * DAY_S)
     put(empty, "app:young", status, msisdn="+1000001", age_s=43 * DAY_S)
     for key in ("app:old", "app:young"):
         put_attempt(empty, key)
 
-    dry = operations.purge(44 * DAY_S, HORIZON, is_dry_run=True)
+    dry = retention.purge(44 * DAY_S, HORIZON, is_dry_run=True)
     assert len(empty.rows("topup")) == 2
-    purged = operations.purge(44 * DAY_S, HORIZON)
+    purged = retention.purge(44 * DAY_S, HORIZON)
 
     is_gone = status in TERMINAL
     left = {row["idempotency_key"] for row in empty.rows("topup")}
@@ -573,7 +572,7 @@ def test_purge_takes_old_rows_that_are_settled_for_good_alone(
 
 
 def test_purge_in_batches_takes_everything_and_keeps_decisions(
-    operations: Operations, empty: Database
+    operations: Operations, retention: Retention, empty: Database
 ) -> None:
     for number in range(23):
         put(empty, f"app:r{number}", Status.SUCCEEDED, age_s=50 * DAY_S)
@@ -583,7 +582,7 @@ def test_purge_in_batches_takes_everything_and_keeps_decisions(
     put_in_quarantine(empty)
     decide(operations, "app:p", Verdict.ABANDON)
 
-    purged = operations.purge(44 * DAY_S, HORIZON, batch=5)
+    purged = retention.purge(44 * DAY_S, HORIZON, batch=5)
 
     assert purged.orders == {"abandoned": 0, "rejected": 0, "succeeded": 23}
     assert purged.quarantined == 23
@@ -593,16 +592,16 @@ def test_purge_in_batches_takes_everything_and_keeps_decisions(
 
 
 def test_payloads_of_settled_orders_are_emptied_and_the_rows_stay(
-    operations: Operations, empty: Database
+    retention: Retention, empty: Database
 ) -> None:
     for number, status in enumerate(Status):
         put(empty, f"app:{status}", status, msisdn=f"+100000{number}", age_s=DAY_S)
     put(empty, "app:young", Status.SUCCEEDED, age_s=10)
     before = {row["idempotency_key"]: row["updated_at"] for row in empty.rows("topup")}
 
-    assert operations.blank_payloads(3600, batch=1, is_dry_run=True) == 3
-    assert operations.blank_payloads(3600, batch=1) == 3
-    assert operations.blank_payloads(3600) == 0
+    assert retention.blank_payloads(3600, batch=1, is_dry_run=True) == 3
+    assert retention.blank_payloads(3600, batch=1) == 3
+    assert retention.blank_payloads(3600) == 0
 
     rows = empty.rows("topup")
     emptied = {row["idempotency_key"] for row in rows if row["payload"] == b""}
@@ -618,7 +617,7 @@ def key_file(tmp_path: Path) -> Path:
 
 
 def test_forgotten_number_is_nowhere_and_a_redelivery_is_still_known(
-    operations: Operations, empty: Database, key_file: Path
+    retention: Retention, empty: Database, key_file: Path
 ) -> None:
     ledger = ledger_of(empty.engine)
     topup = order(msisdn=SUBSCRIBER)
@@ -633,7 +632,7 @@ def test_forgotten_number_is_nowhere_and_a_redelivery_is_still_known(
     put_in_quarantine(empty, raw)
     put_in_quarantine(empty, b'{"msisdn": "+1000001"}')
 
-    forgotten = operations.forget(SUBSCRIBER, key_file)
+    forgotten = retention.forget(SUBSCRIBER, key_file)
 
     assert (forgotten.orders, forgotten.quarantined) == (1, 2)
     assert len(forgotten.pseudonym) == 16
@@ -646,47 +645,47 @@ def test_forgotten_number_is_nowhere_and_a_redelivery_is_still_known(
     entry, _ = ledger.look(topup)
     assert entry is not None
     assert entry.fingerprint == topup.fingerprint
-    assert operations.forget(SUBSCRIBER, key_file).orders == 0
+    assert retention.forget(SUBSCRIBER, key_file).orders == 0
     # A later order of the number is a stranger.
     assert ledger.claim(order("later", msisdn=SUBSCRIBER)) is not None
 
 
 @pytest.mark.parametrize("status", [s for s in Status if s not in TERMINAL])
 def test_open_order_keeps_its_subscriber_from_being_forgotten(
-    operations: Operations, empty: Database, key_file: Path, status: Status
+    retention: Retention, empty: Database, key_file: Path, status: Status
 ) -> None:
     put(empty, "app:done", Status.SUCCEEDED)
     put(empty, "app:open", status)
 
     with pytest.raises(OperationRefused, match=f"app:open .* is {status}"):
-        operations.forget(SUBSCRIBER, key_file)
+        retention.forget(SUBSCRIBER, key_file)
 
     assert {row["msisdn"] for row in empty.rows("topup")} == {SUBSCRIBER}
 
 
 def test_other_key_gives_another_pseudonym(
-    operations: Operations, key_file: Path, tmp_path: Path
+    retention: Retention, key_file: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     other.write_text(secrets.token_hex(32))
 
-    one = operations.forget(SUBSCRIBER, key_file).pseudonym
-    assert one == operations.forget(SUBSCRIBER, key_file).pseudonym
-    assert one != operations.forget(SUBSCRIBER, other).pseudonym
+    one = retention.forget(SUBSCRIBER, key_file).pseudonym
+    assert one == retention.forget(SUBSCRIBER, key_file).pseudonym
+    assert one != retention.forget(SUBSCRIBER, other).pseudonym
 
 
 def test_short_key_and_odd_number_are_refused(
-    operations: Operations, key_file: Path, tmp_path: Path
+    retention: Retention, key_file: Path, tmp_path: Path
 ) -> None:
     short = tmp_path / "short"
     short.write_text("x" * 31)
 
     with pytest.raises(OperationRefused, match="31 bytes"):
-        operations.forget(SUBSCRIBER, short)
+        retention.forget(SUBSCRIBER, short)
     with pytest.raises(OperationRefused, match="--key-file"):
-        operations.forget(SUBSCRIBER, tmp_path / "none")
+        retention.forget(SUBSCRIBER, tmp_path / "none")
     with pytest.raises(OperationRefused, match=r"E\.164"):
-        operations.forget("0333 1234567", key_file)
+        retention.forget("0333 1234567", key_file)
 
 
 # -- Roles, on a server that enforces them -------------------------------------------
@@ -925,7 +924,7 @@ def test_server_refuses_the_function_more_than_the_role(
 def test_purge_can_do_what_the_role_is_for(
     account: Account, mariadb_database: Database, key_file: Path
 ) -> None:
-    purge = Operations(account("purge", "purge"))
+    purge = Retention(account("purge", "purge"))
     put(mariadb_database, "app:old", Status.SUCCEEDED, age_s=50 * DAY_S)
     put(mariadb_database, "app:young", Status.SUCCEEDED)
     put_attempt(mariadb_database, "app:old")
