@@ -17,8 +17,8 @@ import requests
 
 from benchmarks.stuck_subscriber import deliver
 from certs.make_certs import make_certs
+from demo.mariadb import MariaDbServer
 from demo.processes import FunctionPart, RechargeApiPart
-from demo.services import MariaDbServer
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate
