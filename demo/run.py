@@ -6,6 +6,7 @@ is a SQLite file, and the server can't drain.
 
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> int:
     function.port = int(os.environ.get("PORT") or 8080)
     with api, function:
         try:
+            _require_free(function.port)
             api.start("replay")
             function.start(_environment(api.url))
         except PartFailed as failure:
@@ -39,6 +41,18 @@ def main() -> int:
         _tell(function, api, log)
         ended.wait()
     return 0
+
+
+def _require_free(port: int) -> None:
+    """Raise unless nobody listens there: another's answer would be taken for ours."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise PartFailed(
+                f"port {port} is taken: end what listens there, or say make run PORT=…"
+            ) from None
 
 
 def _environment(recharge_api_url: str) -> dict[str, str]:

@@ -379,9 +379,13 @@ def external_server_error(stage: Stage, account: Account) -> Facts:
         f"{_OUTAGE_ORDERS} top-ups of {_OUTAGE_SUBSCRIBERS} subscribers arrive while "
         "the recharge API (kind replay) is broken. Each delivery fails, so the "
         "source keeps the record and delivers it again, later and later; what stands "
-        "behind it waits. The first that fails may be parked as a probe: were it "
-        "alone at fault, all others would go on. The resolver brings it back."
+        "behind it waits."
     )
+    if not stage.subject.is_naive:
+        account.say(
+            "The first that fails may be parked as a probe: were it alone at fault, "
+            "all others would go on. The resolver brings it back."
+        )
     phases["answers 500"]()
     first, executed = _send_outage_orders(stage), _executions(stage)
     rows = []

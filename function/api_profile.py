@@ -218,6 +218,12 @@ def load_profile(settings: Settings) -> ApiProfile:
             f"RECHARGE_API_PROFILE or RECHARGE_API_KIND: {path.name}: {error!r}"
         ) from None
     is_asked = profile.kind in {Kind.REFUSE, Kind.LOOKUP}
+    if profile.kind is Kind.REPLAY and not profile.window_s > profile.settle_s:
+        raise SettingsError(
+            f"RECHARGE_API_REPLAY_WINDOW_S ({profile.window_s:g}) must be greater "
+            f"than RECHARGE_API_SETTLE_S ({profile.settle_s:g}): what is sent last "
+            "must land within the window"
+        )
     if is_asked and profile.look_up is None:
         raise SettingsError(
             f"RECHARGE_API_KIND is {profile.kind}, but {path.name} has no [look_up]"
@@ -335,4 +341,6 @@ def _constant(value: object) -> str | None:
 def _text(value: object, characters_max: int) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int):
         return None
-    return str(value)[:characters_max] or None
+    # Half a character, which JSON can spell, is one that no database takes.
+    whole = str(value).encode("utf-8", "replace").decode("utf-8")
+    return whole[:characters_max] or None

@@ -6,10 +6,12 @@ Owns all reading of `os.environ`; must never connect to anything.
 import contextlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, get_type_hints
+from urllib.parse import urlsplit
 
 from function.errors import SettingsError
 
@@ -234,6 +236,17 @@ class Settings:
                 "RECHARGE_API_TOKEN_FILE and RECHARGE_API_OAUTH_TOKEN_URL are two ways "
                 "to authenticate: set one"
             )
+        address = urlsplit(self.recharge_api_url)
+        is_address = address.scheme in {"http", "https"} and address.hostname
+        if self.recharge_api_url and not is_address:
+            problems.append("RECHARGE_API_URL must begin with http:// or https://")
+        if not _EVENT_TYPE.fullmatch(self.event_type):
+            # The completion event's type is made from it, and must be another one.
+            problems.append("EVENT_TYPE must end in .requested.v and a number")
+        if self.recharge_api_reversal_watch_s < 0:
+            problems.append("RECHARGE_API_REVERSAL_WATCH_S must not be negative")
+        if self.recharge_api_kind not in _KINDS:
+            problems.append("RECHARGE_API_KIND must be replay, refuse, lookup or none")
         if self.log_level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
             problems.append("LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR")
         if problems:
@@ -273,6 +286,10 @@ _ORDER: Final = (
         "the pod may not be killed while it drains",
     ),
 )
+
+#: None: the profile says.
+_KINDS: Final = frozenset({None, "replay", "refuse", "lookup", "none"})
+_EVENT_TYPE: Final = re.compile(r".+\.requested\.v[0-9]+")
 
 _POSITIVE: Final = (
     "ledger_timeout_s",

@@ -61,6 +61,10 @@ def make_engine(settings: Settings) -> Engine:
             "mysql+pymysql://… or sqlite:///…"
         )
     is_sqlite = dialect == "sqlite"
+    if is_sqlite and not url.database:
+        raise SettingsError(
+            "LEDGER_DATABASE_URL names no file: a ledger in memory would forget"
+        )
     if not (is_sqlite or settings.ledger_tls_ca_file or url.host in _LOOPBACK):
         raise SettingsError(
             "LEDGER_TLS_CA_FILE is missing: without it the driver takes any "

@@ -61,6 +61,7 @@ from function.model import (
 from function.schema import (
     After,
     AgeS,
+    JustAfter,
     JustBefore,
     Now,
     attempt,
@@ -187,7 +188,7 @@ class Ledger:
         """
         values = {
             "given_up_us": -round(given_up_s * _MICROS),
-            "again_us": -round(again_s * _MICROS),
+            "again_s": again_s,
             "is_parked_due": int(is_parked_due),
             "limit": limit,
             "subscriber": msisdn,
@@ -611,8 +612,17 @@ _place_before_later = (
     .where(_unsettled_earlier, _is_later_here)
     .scalar_subquery()
 )
+# Never before one that is there already, though the clock of a database that took
+# over may be behind.
+_last_place = (
+    select(func.max(_earlier.c.place)).where(_unsettled_earlier).scalar_subquery()
+)
+_place_at_the_end = case(
+    (_last_place >= Now(), JustAfter(_last_place)),
+    else_=Now(),
+)
 _hold_columns, _hold_source = _new_row(
-    Status.HELD, func.coalesce(_place_before_later, Now())
+    Status.HELD, func.coalesce(_place_before_later, _place_at_the_end)
 )
 _HOLD: Final = insert(topup).from_select(
     _hold_columns,
@@ -684,7 +694,11 @@ _LOOK: Final = select(
     _is_paused(bindparam("channel")).label("is_paused"),
     select(_earlier.c.status)
     .where(_stands_before)
-    .order_by(_earlier.c.place, _earlier.c.idempotency_key)
+    .order_by(
+        _earlier.c.place,
+        func.coalesce(_earlier.c.kafka_offset, -1),
+        _earlier.c.idempotency_key,
+    )
     .limit(literal_column("1"))
     .scalar_subquery()
     .correlate(topup)
@@ -715,7 +729,12 @@ _EVIDENCE: Final = select(
     .correlate(topup)
     .label("have_others_succeeded"),
     exists()
-    .where(_other.c.status.in_(_FAILED), _since_first_attempt)
+    .where(
+        _other.c.status.in_(_FAILED),
+        # At the same moment counts, too: SQLite's clock has but milliseconds.
+        _other.c.updated_at >= topup.c.first_sent_at,
+        _other.c.msisdn != topup.c.msisdn,
+    )
     .correlate(topup)
     .label("have_others_failed"),
     exists()
@@ -726,7 +745,8 @@ _EVIDENCE: Final = select(
         not_(
             exists().where(
                 _success.c.status.in_(_ANSWERED),
-                _success.c.updated_at > _other.c.updated_at,
+                # Not since its last change: the resolver tries it again and again.
+                _success.c.updated_at > _other.c.first_sent_at,
                 _success.c.topic.is_not_distinct_from(_other.c.topic),
                 _success.c.kafka_partition.is_not_distinct_from(
                     _other.c.kafka_partition
@@ -738,9 +758,24 @@ _EVIDENCE: Final = select(
     .label("is_probe_out"),
 ).where(_KEY)
 
-_is_given_up = topup.c.updated_at < After(bindparam("given_up_us"))
+# A doubt that the source still brings is looked at at each delivery.
+_is_given_up = and_(
+    topup.c.updated_at < After(bindparam("given_up_us")),
+    func.coalesce(topup.c.looked_at, topup.c.updated_at)
+    < After(bindparam("given_up_us")),
+)
 _is_unlooked = or_(
     topup.c.looked_at.is_(None), topup.c.looked_at < After(bindparam("again_us"))
+)
+# Each useless attempt doubles the pause, up to 256 times.
+_is_parked_unlooked = or_(
+    topup.c.looked_at.is_(None),
+    AgeS(topup.c.looked_at)
+    >= bindparam("again_s")
+    * case(
+        *((topup.c.doubts <= doubts, 2 ** (doubts - 1)) for doubts in range(1, 9)),
+        else_=256,
+    ),
 )
 _STORED_COLUMNS: Final = (
     topup.c.idempotency_key,
@@ -759,7 +794,7 @@ _DUE: Final = (
             and_(
                 topup.c.status == Status.PARKED.value,
                 bindparam("is_parked_due") == 1,
-                _is_unlooked,
+                _is_parked_unlooked,
             ),
             and_(topup.c.status == Status.IN_FLIGHT.value, topup.c.lease_until < Now()),
             and_(topup.c.status.in_((Status.IN_DOUBT, Status.RELEASED)), _is_given_up),
@@ -769,12 +804,16 @@ _DUE: Final = (
             bindparam("subscriber").is_(None), topup.c.msisdn == bindparam("subscriber")
         ),
         not_(_is_paused(topup.c.channel)),
-        not_(
-            exists().where(
-                _earlier.c.msisdn == topup.c.msisdn,
-                _earlier.c.unsettled == 1,
-                is_before(_earlier.c, topup.c),
-            )
+        or_(
+            # A lost claim keeps its whole line from moving, wherever it stands in it.
+            topup.c.status == Status.IN_FLIGHT.value,
+            not_(
+                exists().where(
+                    _earlier.c.msisdn == topup.c.msisdn,
+                    _earlier.c.unsettled == 1,
+                    is_before(_earlier.c, topup.c),
+                )
+            ),
         ),
     )
     .order_by(
@@ -862,7 +901,13 @@ _AS_SEEN: Final = and_(
 _END_DOUBT: Final = (
     update(topup)
     .where(_AS_SEEN)
-    .values(reason=bindparam("to_reason"), **_ANSWER_VALUES)
+    .values(
+        status=bindparam("to_status"),
+        reason=bindparam("to_reason"),
+        # What an accepted one was given stays when its end brings none.
+        reference=func.coalesce(bindparam("to_reference"), topup.c.reference),
+        updated_at=Now(),
+    )
 )
 _PARK: Final = (
     update(topup).where(_AS_SEEN).values(status=Status.PARKED.value, updated_at=Now())

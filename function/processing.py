@@ -82,6 +82,7 @@ class LedgerPort(Protocol):
     def overtake(self, order: TopUp) -> int: ...
     def put_in_quarantine(self, refused: Refused) -> bool: ...
     def evidence(self, key: str) -> Evidence: ...
+    def looked(self, key: str) -> None: ...
 
 
 class RechargeApiPort(Protocol):
@@ -232,6 +233,8 @@ class Processing:
             receipt = self._settle_at_once(order)
             if receipt is not None:
                 return receipt
+        # The source still brings it, so nobody has given up on it.
+        self._ledger.looked(order.idempotency_key)
         evidence = self._ledger.evidence(order.idempotency_key)
         entry, _ = self._ledger.look(order)
         if entry is None or entry.status is not Status.IN_DOUBT:
@@ -273,6 +276,8 @@ class Processing:
         if self._is_draining():
             return Receipt(Outcome.DRAINING)
         started = self._monotonic()
+        if self._rest.is_on(started):
+            return Receipt(Outcome.API_AWAY)
         claim = self._claim(entry.idempotency_key, lambda: self._ledger.reclaim(entry))
         return None if claim is None else self._recharge(order, claim, started)
 
@@ -378,7 +383,9 @@ class Processing:
         """Find out what became of the last attempt, as far as the API can tell."""
         kind = self._profile.kind
         if kind is Kind.REPLAY:
-            if (entry.first_sent_age_s or 0.0) >= self._profile.window_s:
+            # What is sent now may land as late as the settling time says.
+            age_s = (entry.first_sent_age_s or 0.0) + self._profile.settle_s
+            if age_s >= self._profile.window_s:
                 # A repeated key protects no more, so it is never sent again.
                 kind = self._profile.kind_after_window
             else:

@@ -174,10 +174,11 @@ class Resolver:
 
     def _bring_on(self, stored: Stored) -> Outcome:
         """Go on with one order where the ledger says it stands."""
+        # First, so that one that can't be read doesn't stand in the way for ever.
+        self._ledger.looked(stored.idempotency_key)
         order = self._restore(stored)
         if order is None:
             return Outcome.UNFORESEEN
-        self._ledger.looked(stored.idempotency_key)
         receipt = self._processing.resume(order)
         telemetry.log(
             "resolved",
@@ -198,11 +199,14 @@ class Resolver:
             return
         if entry.status is Status.RELEASED and outcome in _FAILED:
             self._ledger.wait_again(entry)
-        elif entry.status is Status.IN_DOUBT and (
-            # Of a claim whose lease is over the record may still come again.
-            stored.is_given_up or stored.status is not Status.IN_FLIGHT
-        ):
-            self._ledger.park(entry)
+            return
+        # Of a claim whose lease is over the record may still come again.
+        will_come = stored.status is Status.IN_FLIGHT and not stored.is_given_up
+        if entry.status is not Status.IN_DOUBT or will_come:
+            return
+        is_parked = self._ledger.park(entry)
+        if is_parked and stored.status is not Status.PARKED:
+            self._alert("parked", entry.idempotency_key, "source_gave_up")
 
     def _restore(self, stored: Stored) -> TopUp | None:
         try:
@@ -219,10 +223,15 @@ class Resolver:
         for stored in self._ledger.accepted(
             again_s=self._again_s, watch_s=self._watch_s, limit=_BATCH
         ):
-            order = self._restore(stored)
-            if self._is_stopping() or order is None:
+            if self._is_stopping():
                 break
             self._ledger.looked(stored.idempotency_key)
+            if stored.status is Status.SUCCEEDED and not stored.payload:
+                # Emptied by `topup purge` or `forget`: it is watched no more.
+                continue
+            order = self._restore(stored)
+            if order is None:
+                continue
             outcome = self._follow_one(order)
             if outcome is not None:
                 counts[outcome] += 1
@@ -252,6 +261,9 @@ class Resolver:
                 self._alert("rejected_after_accepted", key, reason)
             case Finding.SEVERAL:
                 self._alert("executed_several_times", key, "")
+                return None
+            case Finding.ABSENT if (entry.sent_age_s or 0.0) > self._profile.settle_s:
+                self._alert("accepted_but_absent", key, "")
                 return None
             case _:
                 return None

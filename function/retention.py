@@ -185,9 +185,10 @@ class Retention:
 
         That is the number and the payload of its orders, the API's words about them,
         and quarantine that belongs to one of them or quotes the number. Its orders
-        stay recognised, by their keys. Once the key file is destroyed nobody can
-        tell whose they were; while it exists, its owner can link a number to them,
-        so it is made for one batch of requests and destroyed after it.
+        stay recognised, by their keys. While the key file exists its owner can link
+        a number to them, so it is made for one batch of requests and destroyed after
+        it. The fingerprint stays: an unkeyed hash of number, amount, currency and
+        donor, which whoever tries a range of numbers can undo until the row is purged.
 
         Args:
             msisdn: in E.164 with +.

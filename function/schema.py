@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     and_,
+    func,
     literal,
     or_,
 )
@@ -237,6 +238,13 @@ class JustBefore(FunctionElement[Any]):
     inherit_cache = True
 
 
+class JustAfter(FunctionElement[Any]):
+    """The least moment after another that the database can tell apart."""
+
+    type = DateTime()
+    inherit_cache = True
+
+
 class AgeS(FunctionElement[Any]):
     """Seconds between a moment and the database's now."""
 
@@ -286,6 +294,18 @@ def _just_before_sqlite(element: JustBefore, compiler: Any, **kw: Any) -> str:
     return f"strftime({_SQLITE_FORMAT}, {moment}, '-0.001 seconds')"
 
 
+@compiles(JustAfter)
+def _just_after(element: JustAfter, compiler: Any, **kw: Any) -> str:
+    moment = _arguments(element, compiler, **kw)
+    return f"TIMESTAMPADD(MICROSECOND, 1, {moment})"
+
+
+@compiles(JustAfter, "sqlite")
+def _just_after_sqlite(element: JustAfter, compiler: Any, **kw: Any) -> str:
+    moment = _arguments(element, compiler, **kw)
+    return f"strftime({_SQLITE_FORMAT}, {moment}, '+0.001 seconds')"
+
+
 @compiles(AgeS)
 def _age(element: AgeS, compiler: Any, **kw: Any) -> str:
     moment = _arguments(element, compiler, **kw)
@@ -299,10 +319,20 @@ def _age_sqlite(element: AgeS, compiler: Any, **kw: Any) -> str:
 
 
 def is_before(one: Any, other: Any) -> ColumnElement[bool]:
-    """Whether one row stands before the other in their subscriber's line."""
-    is_same_moment = one.place == other.place
+    """Whether one row stands before the other in their subscriber's line.
+
+    By place; two that came late before the same later one share it, and then their
+    offsets decide.
+    """
+    one_offset = func.coalesce(one.kafka_offset, -1)
+    other_offset = func.coalesce(other.kafka_offset, -1)
+    is_same = one.place == other.place
     is_first_by_key = one.idempotency_key < other.idempotency_key
-    return or_(one.place < other.place, and_(is_same_moment, is_first_by_key))
+    return or_(
+        one.place < other.place,
+        and_(is_same, one_offset < other_offset),
+        and_(is_same, one_offset == other_offset, is_first_by_key),
+    )
 
 
 def is_behind(column: Any, moment: str, key: str) -> ColumnElement[bool]:
