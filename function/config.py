@@ -79,8 +79,8 @@ class Settings:
     )
     recharge_api_reversal_watch_s: float = _setting(
         "For so long after its success an accepted recharge is watched for a late "
-        "reversal; 0: not at all.",
-        default=86400.0,
+        "reversal, which reads every success of that time each round; 0: not at all.",
+        default=0.0,
     )
     recharge_api_tls_ca_file: Path | None = _setting(
         "CA that signed the API's certificate; the public ones when empty.",

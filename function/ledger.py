@@ -62,7 +62,6 @@ from function.schema import (
     After,
     AgeS,
     JustAfter,
-    JustBefore,
     Now,
     attempt,
     is_before,
@@ -205,13 +204,13 @@ class Ledger:
             limit: the most rows, those looked at longest ago first.
 
         """
-        values = {
-            "again_us": -round(again_s * _MICROS),
-            "watch_us": -round(watch_s * _MICROS),
-            "limit": limit,
-        }
+        values = {"again_us": -round(again_s * _MICROS), "limit": limit}
         with connected(self._engine) as connection:
-            return [_stored(row) for row in connection.execute(_ACCEPTED, values)]
+            rows = [*connection.execute(_ACCEPTED, values)]
+            if watch_s > 0:
+                values["watch_us"] = -round(watch_s * _MICROS)
+                rows += connection.execute(_WATCHED, values)
+        return [_stored(row) for row in rows]
 
     def looked(self, key: str) -> None:
         """Note that the resolver has looked at this order."""
@@ -608,7 +607,7 @@ _is_later_here = and_(
     _earlier.c.kafka_offset > bindparam("at_offset"),
 )
 _place_before_later = (
-    select(JustBefore(func.min(_earlier.c.place)))
+    select(func.min(_earlier.c.place))
     .where(_unsettled_earlier, _is_later_here)
     .scalar_subquery()
 )
@@ -722,21 +721,19 @@ _here = and_(
     _other.c.topic.is_not_distinct_from(topup.c.topic),
     _other.c.kafka_partition.is_not_distinct_from(topup.c.kafka_partition),
 )
-_success = topup.alias("success")
-_EVIDENCE: Final = select(
-    exists()
-    .where(_other.c.status.in_(_ANSWERED), _since_first_attempt)
-    .correlate(topup)
-    .label("have_others_succeeded"),
+# Only a call that was made since shows that calls work: a look-up or a person's word
+# settles orders in the middle of an outage, too.
+_others_succeeded = (
     exists()
     .where(
-        _other.c.status.in_(_FAILED),
-        # At the same moment counts, too: SQLite's clock has but milliseconds.
-        _other.c.updated_at >= topup.c.first_sent_at,
-        _other.c.msisdn != topup.c.msisdn,
+        _other.c.status.in_(_ANSWERED),
+        _since_first_attempt,
+        _other.c.sent_at >= topup.c.first_sent_at,
     )
     .correlate(topup)
-    .label("have_others_failed"),
+)
+_success = topup.alias("success")
+_is_probe_out = (
     exists()
     .where(
         _other.c.status == Status.PARKED.value,
@@ -747,6 +744,7 @@ _EVIDENCE: Final = select(
                 _success.c.status.in_(_ANSWERED),
                 # Not since its last change: the resolver tries it again and again.
                 _success.c.updated_at > _other.c.first_sent_at,
+                _success.c.sent_at >= _other.c.first_sent_at,
                 _success.c.topic.is_not_distinct_from(_other.c.topic),
                 _success.c.kafka_partition.is_not_distinct_from(
                     _other.c.kafka_partition
@@ -755,8 +753,25 @@ _EVIDENCE: Final = select(
         ),
     )
     .correlate(topup)
-    .label("is_probe_out"),
+)
+_EVIDENCE: Final = select(
+    _others_succeeded.label("have_others_succeeded"),
+    exists()
+    .where(
+        _other.c.status.in_(_FAILED),
+        # At the same moment counts, too: SQLite's clock has but milliseconds.
+        _other.c.updated_at >= topup.c.first_sent_at,
+        _other.c.msisdn != topup.c.msisdn,
+    )
+    .correlate(topup)
+    .label("have_others_failed"),
+    # Not asked where it does not matter: the search for a success that isn't there
+    # walks every other one.
+    case((_others_succeeded, literal_column("0")), else_=_is_probe_out).label(
+        "is_probe_out"
+    ),
 ).where(_KEY)
+
 
 # A doubt that the source still brings is looked at at each delivery.
 _is_given_up = and_(
@@ -823,21 +838,18 @@ _DUE: Final = (
     )
     .limit(bindparam("limit"))
 )
-_ACCEPTED: Final = (
+_followed = (
     select(*_STORED_COLUMNS, literal_column("0").label("is_given_up"))
-    .where(
-        or_(
-            topup.c.status == Status.ACCEPTED.value,
-            and_(
-                topup.c.status == Status.SUCCEEDED.value,
-                topup.c.last_class == AnswerClass.ACCEPTED.value,
-                topup.c.updated_at > After(bindparam("watch_us")),
-            ),
-        ),
-        _is_unlooked,
-    )
+    .where(_is_unlooked)
     .order_by(func.coalesce(topup.c.looked_at, topup.c.place))
     .limit(bindparam("limit"))
+)
+_ACCEPTED: Final = _followed.where(topup.c.status == Status.ACCEPTED.value)
+# Visits every success of the time that is watched: only where that is asked for.
+_WATCHED: Final = _followed.where(
+    topup.c.status == Status.SUCCEEDED.value,
+    topup.c.last_class == AnswerClass.ACCEPTED.value,
+    topup.c.updated_at > After(bindparam("watch_us")),
 )
 _LOOKED: Final = update(topup).where(_KEY).values(looked_at=Now())
 _REVERSED: Final = (

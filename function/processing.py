@@ -295,6 +295,7 @@ class Processing:
         """Call the API under a claim, and write down how it ended."""
         # Crash here: in flight, and its lease runs out; the redelivery treats it as
         # in doubt (test_crash_points: claim_committed, call_unsent).
+        self._rest.go_first(started)
         deadline = started + self._deadline_s
         answer = self._api.recharge(order, claim.rendered_key, deadline)
         # Crash here: as above, though the answer was here (answer_arrived).
@@ -370,6 +371,10 @@ class Processing:
         if entry and settled and entry.token == claim.token:
             # Our own settlement, whose answer was lost.
             return Receipt(settled, entry.reference, entry.reason, attempt=claim.token)
+        if entry and entry.status is Status.PARKED and entry.token == claim.token:
+            # Our own, too: a person must still hear of it.
+            self._alert(Outcome.PARKED.value, key, answer.reason)
+            return Receipt(Outcome.PARKED, reason=answer.reason, attempt=claim.token)
         if self._ledger.keep_evidence(key, claim.token, answer):
             outcome = _FINAL[answer.classified]
             return Receipt(outcome, answer.reference, attempt=claim.token)
@@ -382,6 +387,10 @@ class Processing:
     def _settle_doubt(self, order: TopUp, entry: Entry) -> Receipt | None:
         """Find out what became of the last attempt, as far as the API can tell."""
         kind = self._profile.kind
+        is_used = entry.last_class is AnswerClass.SAME_REFERENCE
+        if kind is Kind.REPLAY and is_used and self._profile.look_up is not None:
+            # The first one got there: asking ends it, and repeating does not.
+            return self._look_up(order, entry)
         if kind is Kind.REPLAY:
             # What is sent now may land as late as the settling time says.
             age_s = (entry.first_sent_age_s or 0.0) + self._profile.settle_s
@@ -501,14 +510,14 @@ class _Rest:
         self._lock = Lock()
 
     def is_on(self, now: float) -> bool:
-        """Whether a new order must wait; the one that finds it over goes first."""
+        """Whether an order that would be called must wait."""
         with self._lock:
-            if self._doubts < _REST_AFTER_DOUBTS:
-                return False
-            if now < self._until:
-                return True
+            return self._doubts >= _REST_AFTER_DOUBTS and now < self._until
+
+    def go_first(self, now: float) -> None:
+        """An order is about to be called: the others wait for what becomes of it."""
+        with self._lock:
             self._until = now + self._pause_s()
-            return False
 
     def note(self, *, is_doubt: bool, now: float) -> None:
         """Count an outcome; anything but a doubt shows that the API answers."""

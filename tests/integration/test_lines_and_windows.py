@@ -22,6 +22,8 @@ from tests.integration.test_processing import (
     ACCEPTED,
     DONE,
     EXECUTED,
+    LIMITED,
+    SAME_REFERENCE,
     UNKNOWN,
     Pod,
 )
@@ -227,3 +229,77 @@ def test_accepted_order_that_the_api_does_not_know_is_an_alert(
     resolver.run_once()
 
     assert rpod.alerts == [("accepted_but_absent", "app:r1")]
+
+
+@pytest.mark.parametrize("state", ["held", "released"])
+def test_rest_ends_for_an_order_that_is_recorded(
+    database: Database, state: str
+) -> None:
+    """The one that goes first may be any: else a partition would wait for ever."""
+    pod = Pod(database, Kind.NONE)
+    waiting = order("q", msisdn=C, offset=9)
+    if state == "released":
+        assert pod.deliver(waiting, LIMITED) is Outcome.RELEASED
+    else:
+        database.execute("INSERT INTO pause VALUES ('*', 'a', 'b', '2001-01-01')")
+        assert pod.deliver(waiting) is Outcome.PAUSED
+        database.execute("DELETE FROM pause")
+    for number in range(3):
+        topup = order(f"p{number}", msisdn=f"+3933311{number:05}")
+        assert pod.deliver(topup, UNKNOWN) is Outcome.PARKED
+    assert pod.deliver(waiting) is Outcome.API_AWAY
+
+    pod.now += 61
+    assert pod.deliver(waiting, DONE) is Outcome.SUCCEEDED
+
+
+def test_late_ones_never_stand_before_an_earlier_offset(database: Database) -> None:
+    """Nor after a failover to a clock that is behind."""
+    pod = Pod(database, Kind.NONE)
+    assert pod.deliver(order("r1", offset=1), UNKNOWN) is Outcome.PARKED
+    database.execute("UPDATE topup SET place = '2099-01-01 00:00:00.500'")
+    for offset in (5, 4, 3):
+        assert pod.deliver(order(f"r{offset}", offset=offset)) is Outcome.HELD
+
+
+def test_used_reference_of_a_replay_api_is_looked_up(database: Database) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    pod.doubt(order(), SAME_REFERENCE)
+    pod.api.findings = [EXECUTED]
+
+    assert pod.deliver(order()) is Outcome.SUCCEEDED
+    assert len(pod.api.sent) == 1
+
+
+def test_settlement_by_look_up_is_no_evidence_that_calls_work(
+    database: Database,
+) -> None:
+    """Else an outage would park every head, one after the other."""
+    pod = Pod(database, Kind.REPLAY)
+    resolver, rpod = resolver_of(database, Kind.REPLAY)
+    old = order("old", msisdn=B, partition=9)
+    assert pod.deliver(old, ACCEPTED) is Outcome.ACCEPTED
+    database.execute("UPDATE topup SET sent_at = '2001-01-01 00:00:00'")
+    assert first(pod, order("a", msisdn=A, offset=1)) is Outcome.PARKED
+    rpod.api.findings = [EXECUTED]
+
+    def follow() -> None:
+        pod.api.meanwhile = lambda: None
+        resolver._follow()
+
+    pod.api.meanwhile = follow
+
+    assert first(pod, order("c", msisdn=C, offset=2)) is Outcome.IN_DOUBT
+    assert pod.status(order("old")) == "succeeded"
+
+
+def test_parking_whose_answer_is_lost_is_still_an_alert(database: Database) -> None:
+    pod = Pod(database, Kind.NONE)
+    claim = pod.ledger.claim(order())
+    assert claim
+    pod.ledger.doubt("app:r1", claim.token, UNKNOWN, is_parked=True)
+
+    receipt = pod.processing._fenced_off(order(), claim, UNKNOWN)
+
+    assert receipt.outcome is Outcome.PARKED
+    assert pod.alerts == [("parked", "app:r1")]

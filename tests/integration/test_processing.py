@@ -190,7 +190,8 @@ def test_unknown_outcome_is_in_doubt_or_parked_by_kind(
     is_none = any_kind.profile.kind is Kind.NONE
 
     any_kind.outage()
-    again = [answer] if any_kind.profile.kind is Kind.REPLAY else []
+    is_sent_again = any_kind.profile.kind is Kind.REPLAY and answer is UNKNOWN
+    again = [answer] if is_sent_again else []
     any_kind.api.findings = [LookUp(Finding.UNKNOWN)]
 
     outcome = any_kind.deliver(order(), answer, *again)
