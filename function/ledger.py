@@ -606,7 +606,7 @@ _is_later_here = and_(
     _earlier.c.kafka_partition == bindparam("at_partition"),
     _earlier.c.kafka_offset > bindparam("at_offset"),
 )
-_place_before_later = (
+_place_of_later = (
     select(func.min(_earlier.c.place))
     .where(_unsettled_earlier, _is_later_here)
     .scalar_subquery()
@@ -621,7 +621,7 @@ _place_at_the_end = case(
     else_=Now(),
 )
 _hold_columns, _hold_source = _new_row(
-    Status.HELD, func.coalesce(_place_before_later, _place_at_the_end)
+    Status.HELD, func.coalesce(_place_of_later, _place_at_the_end)
 )
 _HOLD: Final = insert(topup).from_select(
     _hold_columns,

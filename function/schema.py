@@ -84,8 +84,8 @@ topup: Final = Table(
     Column("topic", unicode_text(249)),
     Column("kafka_partition", Integer),
     Column("kafka_offset", BigInteger),
-    #: Its place among its subscriber's: arrival, or before a later offset of its
-    #: own partition that came first. Never changes.
+    #: Its place among its subscriber's: arrival, or that of a later offset of its own
+    #: partition that came first, where the offsets then decide. Never changes.
     Column("place", _MOMENT, nullable=False),
     Column("created_at", _MOMENT, nullable=False),
     #: Last change of status.
@@ -231,13 +231,6 @@ class After(FunctionElement[Any]):
     inherit_cache = True
 
 
-class JustBefore(FunctionElement[Any]):
-    """The least moment before another that the database can tell apart."""
-
-    type = DateTime()
-    inherit_cache = True
-
-
 class JustAfter(FunctionElement[Any]):
     """The least moment after another that the database can tell apart."""
 
@@ -280,18 +273,6 @@ def _after(element: After, compiler: Any, **kw: Any) -> str:
 def _after_sqlite(element: After, compiler: Any, **kw: Any) -> str:
     micros = _arguments(element, compiler, **kw)
     return f"strftime({_SQLITE_FORMAT}, 'now', ({micros} / 1e6) || ' seconds')"
-
-
-@compiles(JustBefore)
-def _just_before(element: JustBefore, compiler: Any, **kw: Any) -> str:
-    moment = _arguments(element, compiler, **kw)
-    return f"TIMESTAMPADD(MICROSECOND, -1, {moment})"
-
-
-@compiles(JustBefore, "sqlite")
-def _just_before_sqlite(element: JustBefore, compiler: Any, **kw: Any) -> str:
-    moment = _arguments(element, compiler, **kw)
-    return f"strftime({_SQLITE_FORMAT}, {moment}, '-0.001 seconds')"
 
 
 @compiles(JustAfter)
