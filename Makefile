@@ -47,7 +47,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--no-emit-index-url --no-emit-find-links --no-header pyproject.toml
 
 lock: $(VENV)/.dev ## Write the lock files anew, with hashes and without addresses
-	@$(LOCK) --extra demo --extra dev --output-file requirements-dev.lock
+	@$(LOCK) --extra demo --extra cluster --extra dev --output-file requirements-dev.lock
 	@$(LOCK) --extra demo --constraint requirements-dev.lock --output-file requirements-demo.lock
 	@$(LOCK) --constraint requirements-dev.lock --output-file requirements.lock
 
