@@ -16,6 +16,7 @@ from demo.server_process import PROJECT
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate
+from function.rules import rules_of
 
 DIRECTORY = PROJECT / "build" / "run"
 
@@ -61,8 +62,9 @@ def _environment(recharge_api_url: str) -> dict[str, str]:
         "RECHARGE_API_URL": recharge_api_url,
         "RECHARGE_API_KIND": "replay",
     }
-    engine = make_engine(Settings.from_env(env))
-    migrate(engine)
+    settings = Settings.from_env(env)
+    engine = make_engine(settings)
+    migrate(engine, rules_of(settings))
     engine.dispose()
     return env
 

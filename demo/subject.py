@@ -14,6 +14,7 @@ from demo.judge import LedgerView, Sent, place_in_topic, place_of_bytes
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate
+from function.rules import rules_of
 
 GROUP: Final = "topup-source"
 
@@ -82,7 +83,8 @@ class Function:
     def __init__(self, database: Database) -> None:
         self._env = dict(database.env)
         settings = {**self._env, **DEADLINES, "RECHARGE_API_URL": "http://127.0.0.1:9"}
-        self._engine = make_engine(Settings.from_env(settings))
+        self._settings = Settings.from_env(settings)
+        self._engine = make_engine(self._settings)
 
     def env(self, api_url: str, kind: str) -> dict[str, str]:
         """Its settings, for a recharge API of this kind at this address."""
@@ -95,7 +97,7 @@ class Function:
 
     def prepare(self) -> None:
         """Migrate the empty ledger, as the Job of a deployment does."""
-        migrate(self._engine)
+        migrate(self._engine, rules_of(self._settings))
 
     def view(self) -> LedgerView:
         """Every order's status, and the places of what is in quarantine."""

@@ -11,7 +11,8 @@ Read in this order, which is the order of one event, then of what surrounds it:
     recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials
     model.py          statuses, transitions, outcomes; errors.py the error tree
     resolver.py       what the source will not bring again: doubt settled, line drained
-    operations.py     what people do: look, decide, pause; grants.py their rights
+    operations.py     what people do: look, decide, pause; grants.py their rights,
+                      rules.py what binds them
     retention.py      what goes: purge, payloads, a forgotten number
     reconcile.py      the API operator's statement against the ledger
     replay.py         quarantine and dead letters through the front door again
@@ -25,6 +26,7 @@ LAYERS = (
     ("errors", "model"),
     ("config", "telemetry", "door"),
     ("api_profile", "api_auth", "events", "schema", "database"),
+    ("rules",),
     ("migrate", "ledger", "recharge_api", "processing"),
     ("operations", "retention", "reconcile", "replay", "grants", "resolver"),
     ("main", "cli", "gunicorn.conf"),

@@ -23,7 +23,6 @@ import click
 from sqlalchemy import Engine
 
 from function import telemetry
-from function.api_profile import load_profile
 from function.config import Settings
 from function.database import make_engine
 from function.errors import LedgerUnavailable, TopupError
@@ -44,6 +43,7 @@ from function.replay import (
     spool_topic,
 )
 from function.retention import Horizon, Retention
+from function.rules import rules_of
 
 #: What the database's numbers mean to a person at a terminal.
 _HINTS: Final = {
@@ -55,6 +55,7 @@ _HINTS: Final = {
     "1290": "the database is read-only: a replica, or a failover under way",
     "2003": "the database can't be reached",
 }
+_SUBSCRIBER: Final = re.compile(r"\+[1-9][0-9]{3,14}|~[A-Z2-7]{15}")
 _AGE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
 _UNIT_S: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -92,6 +93,21 @@ class _Age(click.ParamType[float]):
         return float(parts[1]) * _UNIT_S[parts[2]]
 
 
+class _Subscriber(click.ParamType[str]):
+    """A number as the ledger has it: E.164 with its plus, or a pseudonym."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """The number without what people write between the digits."""
+        text = re.sub(r"[\s().-]", "", str(value))
+        if not _SUBSCRIBER.fullmatch(text):
+            self.fail("a number begins with + and its country's code", param, ctx)
+        return text
+
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _yes = click.option("--yes", is_flag=True, help="Don't ask.")
 _unmasked = click.option("--unmasked", is_flag=True, help="Show whole numbers.")
@@ -106,8 +122,14 @@ def main() -> None:
 
 @main.command()
 def migrate() -> None:
-    """Bring the ledger's schema up to date; safe to run twice and at once."""
-    revision = run_migrations(make_engine(Settings.ledger_only()))
+    """Bring the ledger's schema up to date; safe to run twice and at once.
+
+    Also writes what binds people's decisions, RECHARGE_API_SETTLE_S and
+    RESOLVE_SECOND_PERSON_ABOVE_MINOR: run it with the deployment's settings, again
+    when they change.
+    """
+    settings = Settings.ledger_only()
+    revision = run_migrations(make_engine(settings), rules_of(settings))
     click.echo(f"ledger at revision {revision}")
 
 
@@ -154,7 +176,9 @@ def ledger() -> None:
     type=click.Choice([status.value for status in Status]),
     help="Only these; repeatable.",
 )
-@click.option("--subscriber", help="A number in E.164; its orders in their line.")
+@click.option(
+    "--subscriber", type=_Subscriber(), help="A number in E.164; its orders in line."
+)
 @click.option("--channel", help="As the orders name it.")
 @click.option("--older-than", type=_Age(), help="Age of the last change of status.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
@@ -173,7 +197,8 @@ def list_(
     as_json: bool,
 ) -> None:
     """List orders, the longest unchanged first."""
-    page = _operations().list_orders(
+    operations = _operations()
+    page = operations.list_orders(
         Filters(
             statuses=tuple(Status(status) for status in statuses),
             subscriber=subscriber,
@@ -185,9 +210,11 @@ def list_(
     )
     orders = [_shown(row, unmasked=unmasked) for row in page.orders]
     if as_json:
-        _print_json({"orders": orders, "after": page.after})
+        pauses = [asdict(each) for each in operations.pauses()]
+        _print_json({"orders": orders, "after": page.after, "paused": pauses})
         return
     _print_table(orders, _LISTED)
+    _tell_pauses(operations)
     if page.after:
         click.echo(f"more: --after '{page.after}'")
 
@@ -198,7 +225,8 @@ def list_(
 @_json
 def show(*, key: str, unmasked: bool, as_json: bool) -> None:
     """Show everything about one order, and what stands before it."""
-    story = _operations().show(key)
+    operations = _operations()
+    story = operations.show(key)
     order = None if story.order is None else _shown(story.order, unmasked=unmasked)
     parts = {
         "attempts": [asdict(each) for each in story.attempts],
@@ -207,7 +235,8 @@ def show(*, key: str, unmasked: bool, as_json: bool) -> None:
         "before": [_shown(each, unmasked=unmasked) for each in story.before],
     }
     if as_json:
-        _print_json({"order": order, **parts})
+        pauses = [asdict(each) for each in operations.pauses()]
+        _print_json({"order": order, **parts, "paused": pauses})
         return
     if order is not None:
         width = max(map(len, order))
@@ -218,6 +247,7 @@ def show(*, key: str, unmasked: bool, as_json: bool) -> None:
         is_line = name == "before"
         title = "stands before it" if is_line else name
         _print_part(title, rows, _LISTED if is_line else ())
+    _tell_pauses(operations)
 
 
 @ledger.command()
@@ -273,8 +303,7 @@ def resolve(
     """Decide what became of an order in doubt; signed with your database account."""
     if verdict is None:
         raise click.UsageError("say --executed, --not-executed or --abandon")
-    settings = Settings.ledger_only()
-    operations = Operations(make_engine(settings))
+    operations = _operations()
     if not yes:
         order = operations.show(key).order
         if order is not None:
@@ -289,8 +318,6 @@ def resolve(
         reference=reference,
         note=note,
         attempt_token=attempt,
-        settle_s=load_profile(settings).settle_s,
-        amount_limit_minor=settings.resolve_second_person_above_minor,
     )
     if as_json:
         _print_json(asdict(decided))
@@ -308,7 +335,7 @@ def resolve(
 
 
 @main.command()
-@click.argument("subscriber")
+@click.argument("subscriber", type=_Subscriber())
 @_yes
 @_json
 def release(*, subscriber: str, yes: bool, as_json: bool) -> None:
@@ -712,6 +739,11 @@ def _engine() -> Engine:
 
 def _operations() -> Operations:
     return Operations(_engine())
+
+
+def _tell_pauses(operations: Operations) -> None:
+    """Whoever wonders why nothing moves must not have to ask for it."""
+    _print_part("paused", [asdict(each) for each in operations.pauses()])
 
 
 def _number(msisdn: str, *, unmasked: bool) -> str:

@@ -14,18 +14,23 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from function.database import connected, describe
 from function.errors import LedgerUnavailable, MigrationError
+from function.rules import Rules, write_rules
 
 #: The newest revision of migrations/ that this version knows; a test compares them.
-SCHEMA_REVISION: Final = "0002"
+SCHEMA_REVISION: Final = "0003"
 
 _LOCK_NAME: Final = "topup-migrate"
 _LOCK_WAIT_S: Final = 60
 
 
-def migrate(engine: Engine) -> str:
+def migrate(engine: Engine, rules: Rules | None = None) -> str:
     """Run every migration that is missing, and return the schema's revision.
 
     Safe to run twice, and at the same time: the second waits and finds nothing to do.
+
+    Args:
+        engine: with the migration's account.
+        rules: what people's decisions must keep from now on; None leaves it.
 
     Raises:
         MigrationError: the database refused, or another migration holds the lock for
@@ -43,6 +48,8 @@ def migrate(engine: Engine) -> str:
         with engine.connect() as connection, _alone(connection):
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+            if rules is not None:
+                write_rules(connection, rules)
             return _revision(connection)
     except SQLAlchemyError as error:
         raise MigrationError(

@@ -31,6 +31,7 @@ from sqlalchemy.exc import IntegrityError
 from function.database import connected, transaction
 from function.errors import IllegalTransition, OperationRefused
 from function.model import TRANSITIONS, Status
+from function.rules import read_rules
 from function.schema import (
     UNPROVEN,
     AgeS,
@@ -69,10 +70,12 @@ class Verdict(StrEnum):
     ABANDON = "abandon"
 
 
+_OPEN: Final = (Status.PARKED, Status.IN_DOUBT, Status.HELD, Status.RELEASED)
+
 #: Verdict -> the path of statuses behind the one it starts from.
 _PATH: Final[Mapping[Verdict, Mapping[Status, tuple[Status, ...]]]] = {
     Verdict.EXECUTED: dict.fromkeys(
-        (Status.PARKED, Status.IN_DOUBT, Status.HELD, Status.RELEASED),
+        (*_OPEN, Status.ACCEPTED),
         (Status.SUCCEEDED,),
     ),
     Verdict.NOT_EXECUTED: {
@@ -81,7 +84,7 @@ _PATH: Final[Mapping[Verdict, Mapping[Status, tuple[Status, ...]]]] = {
         Status.IN_DOUBT: (Status.PARKED, Status.HELD),
     },
     Verdict.ABANDON: dict.fromkeys(
-        (Status.PARKED, Status.IN_DOUBT, Status.HELD, Status.RELEASED),
+        (*_OPEN, Status.ACCEPTED),
         (Status.ABANDONED,),
     ),
 }
@@ -395,8 +398,6 @@ class Operations:
         verdict: Verdict,
         *,
         reason: str,
-        settle_s: float,
-        amount_limit_minor: int,
         reference: str | None = None,
         note: str = "",
         attempt_token: str | None = None,
@@ -406,14 +407,13 @@ class Operations:
         The decision is about the last attempt and is accepted only when nothing of
         the order can land any more: its lease is over, and its claim is older than
         the settling time. Above the limit two persons, whom the database tells
-        apart, must have said the same about the same attempt.
+        apart, must have said the same about the same attempt. Settling time and
+        limit are the ledger's own rules (`rules.Rules`).
 
         Args:
             key: the idempotency key.
             verdict: what became of it.
             reason: why the person knows.
-            settle_s: the API profile's settling time.
-            amount_limit_minor: more than this needs a second person.
             reference: the API's own, for `executed` only.
             note: a name or a ticket; it proves nothing.
             attempt_token: the attempt that the person has looked at, or how it
@@ -426,14 +426,16 @@ class Operations:
         _require_words(verdict, reason, reference, note)
         with connected(self._engine) as connection:
             row = _one(connection, key)
+            rules = read_rules(connection)
         if row is None:
             raise OperationRefused(f"{key}: no such order in the ledger")
-        path = _path(row, verdict, settle_s, attempt_token)
-        needs_two = row["amount_minor"] > amount_limit_minor
+        path = _path(row, verdict, rules.settle_s, attempt_token)
+        limit = rules.second_person_above_minor
+        needs_two = row["amount_minor"] > limit
         if needs_two and self._is_sqlite:
             raise OperationRefused(
                 f"{key}: above RESOLVE_SECOND_PERSON_ABOVE_MINOR "
-                f"({amount_limit_minor}), and SQLite knows no accounts: a second "
+                f"({limit}), and SQLite knows no accounts: a second "
                 "person can't be proven"
             )
         values = {
@@ -468,8 +470,8 @@ class Operations:
                 one gets stuck; returns how many it settled.
 
         Raises:
-            OperationRefused: the first in line is not held or released: it must be
-                settled before, and the message names it.
+            OperationRefused: the channel of the first in line is paused, or that one
+                is not held or released and must be settled before.
 
         """
         unsettled = (
@@ -487,6 +489,12 @@ class Operations:
                 f"{first.idempotency_key} is {first.status} and first in the line: "
                 "settle it before the others (`topup ledger show` says how it stands)"
             )
+        for each in self.pauses():
+            if each.scope in {EVERYTHING, first.idempotency_key.partition(":")[0]}:
+                raise OperationRefused(
+                    f"{each.scope} is paused by {each.paused_by}: {each.reason}; "
+                    "`topup resume` lets calls begin again"
+                )
         return Released(line, drain(subscriber))
 
     # -- Pause ---------------------------------------------------------------------
@@ -645,7 +653,7 @@ def _path(
 
 _HINT: Final = {
     Status.IN_FLIGHT: "; the resolver takes it up when its lease is over",
-    Status.ACCEPTED: "; the resolver follows it to its end",
+    Status.ACCEPTED: "; the API took it over, and the resolver follows it to its end",
     Status.SUCCEEDED: "; a settled order never changes",
     Status.REJECTED: "; a settled order never changes",
     Status.ABANDONED: "; a settled order never changes",
@@ -662,7 +670,7 @@ def _result(verdict: Verdict, status: Status, reference: str | None) -> dict[str
     if verdict is Verdict.ABANDON:
         return values | {"reason": "abandoned_by_decision"}
     # The person has ended the doubt: the next attempt is judged by itself.
-    return values | ({"doubts": 0} if status is Status.HELD else {})
+    return values | ({"doubts": 0, "reason": ""} if status is Status.HELD else {})
 
 
 def _move(

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Computed,
     DateTime,
+    Double,
     FetchedValue,
     Float,
     Index,
@@ -93,6 +94,9 @@ topup: Final = Table(
     #: The last attempt's fence.
     Column("token", ascii_text(32)),
     Column("lease_until", _MOMENT),
+    #: What the recharge API could do about a repeated key when this one was last sent;
+    #: NULL before that, and in rows that revision 0002 sent.
+    Column("api_kind", ascii_text(16)),
     #: What the recharge API is given as the key.
     Column("rendered_key", ascii_text(200), nullable=False),
     #: When the first and the last attempt were claimed, so never after their send.
@@ -103,8 +107,9 @@ topup: Final = Table(
     Column("doubts", Integer, nullable=False),
     #: Class of the last answer that was not a plain success.
     Column("last_class", ascii_text(16)),
-    #: The recharge API's reference and its reason.
+    #: The recharge API's own.
     Column("reference", unicode_text(200)),
+    #: Why it was refused, parked or needs a person, as a short constant.
     Column("reason", ascii_text(64), nullable=False),
     #: When the resolver last looked it up at the API.
     Column("looked_at", _MOMENT),
@@ -217,6 +222,18 @@ pause_log: Final = Table(
 )
 
 
+#: What the migration's account has set for people's decisions, and they can't change.
+decision_rule: Final = Table(
+    "decision_rule",
+    metadata,
+    #: A field of `rules.Rules`.
+    Column("name", ascii_text(64), primary_key=True),
+    Column("value", Double, nullable=False),
+    Column("set_by", unicode_text(200), FetchedValue(), nullable=False),
+    Column("set_at", _MOMENT, FetchedValue(), nullable=False),
+)
+
+
 class Now(FunctionElement[Any]):
     """The database's clock, in UTC: the only one that leases know."""
 
@@ -322,10 +339,10 @@ def is_behind(column: Any, moment: str, key: str) -> ColumnElement[bool]:
     return and_(column >= at, or_(column > at, topup.c.idempotency_key > key))
 
 
-def hinted(query: Select[Any], index: str) -> Select[Any]:
+def hinted(query: Select[Any], index: str, table: Any = topup) -> Select[Any]:
     """Name the index: a plan that changes with the statistics pages somebody."""
     for dialect in ("mysql", "mariadb"):
-        query = query.with_hint(topup, f"FORCE INDEX ({index})", dialect)
+        query = query.with_hint(table, f"FORCE INDEX ({index})", dialect)
     return query
 
 

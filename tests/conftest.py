@@ -42,7 +42,15 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
         yield cluster
 
 
-_TABLES = ("topup", "attempt", "quarantine", "pause", "pause_log", "decision")
+_TABLES = (
+    "topup",
+    "attempt",
+    "quarantine",
+    "pause",
+    "pause_log",
+    "decision",
+    "decision_rule",
+)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 
 from function.ledger import Ledger
+from function.migrate import migrate
 from function.model import TRANSITIONS, Answer, Entry, Status
 from function.operations import Operations, Verdict
+from function.rules import Rules
 from tests.conftest import Database
 from tests.contract.test_ledger import ACCEPTED, DONE, NO, RETRY, UNKNOWN, make
 from tests.contract.test_ledger import ledger as ledger  # noqa: PLC0414 # a fixture.
@@ -42,9 +44,7 @@ def doubt(*, is_parked: bool) -> Act:
 
 
 def decide(verdict: Verdict) -> Act:
-    return lambda _, operations, __: operations.decide(
-        KEY, verdict, reason="asked", settle_s=0, amount_limit_minor=10_000
-    )
+    return lambda _, operations, __: operations.decide(KEY, verdict, reason="asked")
 
 
 def reclaim(ledger: Ledger, _: Operations, entry: Entry) -> object:
@@ -60,7 +60,9 @@ ACTS: dict[tuple[Status, Status], Act] = {
     (Status.IN_FLIGHT, Status.PARKED): doubt(is_parked=True),
     **{(Status.IN_DOUBT, to): look_up(answer) for to, answer in ANSWERS.items()},
     (Status.IN_DOUBT, Status.IN_FLIGHT): reclaim,
-    (Status.IN_DOUBT, Status.PARKED): lambda ledger, _, entry: ledger.park(entry),
+    (Status.IN_DOUBT, Status.PARKED): lambda ledger, _, entry: ledger.park(
+        entry, "why"
+    ),
     (Status.IN_DOUBT, Status.ABANDONED): decide(Verdict.ABANDON),
     **{(Status.PARKED, to): look_up(answer) for to, answer in ANSWERS.items()},
     (Status.PARKED, Status.IN_FLIGHT): reclaim,
@@ -68,12 +70,10 @@ ACTS: dict[tuple[Status, Status], Act] = {
     (Status.PARKED, Status.ABANDONED): decide(Verdict.ABANDON),
     (Status.HELD, Status.SUCCEEDED): evidence(DONE),
     (Status.HELD, Status.ACCEPTED): evidence(ACCEPTED),
-    (Status.HELD, Status.REJECTED): look_up(NO),
     (Status.HELD, Status.IN_FLIGHT): reclaim,
     (Status.HELD, Status.ABANDONED): decide(Verdict.ABANDON),
     (Status.RELEASED, Status.SUCCEEDED): evidence(DONE),
     (Status.RELEASED, Status.ACCEPTED): evidence(ACCEPTED),
-    (Status.RELEASED, Status.REJECTED): look_up(NO),
     (Status.RELEASED, Status.IN_FLIGHT): reclaim,
     (Status.RELEASED, Status.HELD): lambda ledger, _, __: ledger.overtake(
         order("r2", offset=2)
@@ -81,6 +81,7 @@ ACTS: dict[tuple[Status, Status], Act] = {
     (Status.RELEASED, Status.ABANDONED): decide(Verdict.ABANDON),
     (Status.ACCEPTED, Status.SUCCEEDED): look_up(DONE),
     (Status.ACCEPTED, Status.REJECTED): look_up(NO),
+    (Status.ACCEPTED, Status.ABANDONED): decide(Verdict.ABANDON),
 }
 
 
@@ -103,6 +104,7 @@ def test_legal_transition_is_made(
             "UPDATE topup SET lease_until = '2001-01-01', sent_at = '2001-01-01'"
         )
 
+    migrate(database.engine, Rules(0, 10_000))
     ACTS[one, to](ledger, Operations(database.engine), entry)
 
     assert database.row(KEY)["status"] == to.value

@@ -11,7 +11,9 @@ import pytest
 from demo.book import Book
 from demo.faults import Fault, Script
 from demo.recharge_api import Kind, SandboxRechargeApi
+from function.migrate import migrate
 from function.operations import Operations, Verdict
+from function.rules import Rules
 from tests.conftest import Database
 from tests.e2e.test_resolver import (
     env_of,
@@ -199,6 +201,7 @@ def assert_visible(database: Database, book: Book, orders: int) -> None:
 
 def settle_by_book(database: Database, book: Book) -> None:
     """A person asks the API's operator about each doubt; the resolver runs the rest."""
+    migrate(database.engine, Rules(settle_s=2.1, second_person_above_minor=10_000))
     operations = Operations(database.engine)
     end = time.monotonic() + 240
     while set(statuses(database).values()) != {"succeeded"}:
@@ -215,8 +218,6 @@ def settle_by_book(database: Database, book: Book) -> None:
                     Verdict.EXECUTED,
                     reason="asked the API's operator",
                     reference=references[key],
-                    settle_s=2.1,
-                    amount_limit_minor=10_000,
                 )
         time.sleep(0.2)
 

@@ -178,9 +178,46 @@ def test_stats_show_who_is_held_and_what_is_paused(
     assert found["held"][0]["name"] == MASKED
 
 
+@pytest.mark.parametrize(
+    "words", [("ledger", "list"), ("ledger", "show", "app:r1"), ("ledger", "stats")]
+)
+def test_who_paused_and_why_is_seen_wherever_one_looks(
+    topup: Run, sqlite_database: Database, words: tuple[str, ...]
+) -> None:
+    put(sqlite_database, "app:r1", Status.HELD)
+    topup("pause", "--all", "--reason", "their maintenance")
+
+    text = topup(*words).stdout
+    assert "paused" in text
+    assert "unproven" in text
+    assert "their maintenance" in text
+    found = spoken(topup(*words, "--json"))
+    (pause,) = found.get("paused") or found["pauses"]
+    assert pause["reason"] == "their maintenance"
+
+
+@pytest.mark.parametrize("number", ["393331234567", "+0123", "anna", ""])
+def test_number_that_is_none_is_refused(topup: Run, number: str) -> None:
+    for words in (("release", number, "--yes"), ("ledger", "list", "--subscriber")):
+        result = topup(*words, *(() if "release" in words else (number,)))
+        assert result.exit_code == 2
+        assert "begins with +" in result.stderr
+
+
+def test_number_may_be_written_as_people_do(
+    topup: Run, sqlite_database: Database
+) -> None:
+    put(sqlite_database, "app:r1", Status.HELD, msisdn="+393331234567")
+
+    shown = topup("ledger", "list", "--subscriber", "+39 (333) 123-4567")
+
+    assert "app:r1" in shown.stdout
+
+
 def test_decision_asks_and_says_what_it_did(
     topup: Run, sqlite_database: Database
 ) -> None:
+    topup("migrate")
     put(sqlite_database, "app:r1", Status.PARKED)
     words = ("resolve", "app:r1", "--executed", "--reference", "R-1", "--reason", "x")
 
@@ -233,14 +270,18 @@ def test_command_that_is_used_wrongly_ends_with_two(
     assert topup(*words).exit_code == 2
 
 
-def test_settling_time_is_the_api_profiles(
+def test_rules_are_the_ledgers_and_not_of_whoever_decides(
     topup: Run, sqlite_database: Database
 ) -> None:
     put(sqlite_database, "app:r1", Status.PARKED, sent_age_s=60)
     words = ("resolve", "app:r1", "--abandon", "--reason", "x", "--yes")
 
-    assert "settling time of 120 s" in topup(*words).stderr
-    assert topup(*words, RECHARGE_API_SETTLE_S="40").exit_code == 0
+    assert "topup migrate" in topup(*words).stderr
+    assert topup("migrate", RECHARGE_API_SETTLE_S="120").exit_code == 0
+    evaded = topup(*words, RECHARGE_API_SETTLE_S="40")
+    assert "settling time of 120 s" in evaded.stderr
+    assert topup("migrate", RECHARGE_API_SETTLE_S="40").exit_code == 0
+    assert topup(*words).exit_code == 0
 
 
 def test_purge_refuses_with_the_arithmetic_and_counts(
@@ -373,6 +414,11 @@ def test_resolver_is_run_and_its_counts_are_printed(
     assert spoken(counts) == {"looked_up": 3, "drained": 2}
     assert "looked_up  3" in topup("resolver", "run-once", **url).stdout
     put(sqlite_database, "app:r1", Status.HELD)
+    topup("pause", "--channel", "app", "--reason", "fraud")
+    paused = topup("release", SUBSCRIBER, "--yes", **url)
+    assert paused.exit_code == 1
+    assert "app is paused by unproven: fraud" in paused.stderr
+    topup("resume", "--channel", "app", "--reason", "mended", "--yes")
     released = topup("release", SUBSCRIBER, "--yes", **url)
     assert released.stdout.splitlines()[-1] == "1 of 1 run"
     assert SUBSCRIBER not in released.output
@@ -397,8 +443,8 @@ def process(env: Mapping[str, str], *words: str) -> subprocess.CompletedProcess[
 def test_two_operators_resolve_as_themselves_from_their_own_processes(
     mariadb: MariaDb, mariadb_database: Database
 ) -> None:
-    mariadb_database.execute("DELETE FROM decision")
     put(mariadb_database, "app:r1", Status.PARKED, amount_minor=10_001)
+    assert process(mariadb_database.env, "migrate").returncode == 0
     put(mariadb_database, "app:r2", Status.HELD, place_age_s=10)
     people = {}
     for name in ("ann", "bob"):
@@ -412,6 +458,9 @@ def test_two_operators_resolve_as_themselves_from_their_own_processes(
     try:
         (ann, ann_env), (bob, bob_env) = people.items()
 
+        # What she sets for herself binds nobody, and her account can't set more.
+        ann_env["RESOLVE_SECOND_PERSON_ABOVE_MINOR"] = "1000000"
+        assert process(ann_env, "migrate").returncode == 1
         first = process(ann_env, *words, "--name", bob)
         assert (first.returncode, first.stderr) == (0, "")
         assert f"proposed by {ann}@%; still parked" in first.stdout

@@ -19,9 +19,10 @@ from function.api_profile import load_profile
 from function.database import make_engine
 from function.ledger import Ledger
 from function.migrate import migrate
-from function.model import Answer, AnswerClass, Status
+from function.model import Answer, AnswerClass, Status, Stored
 from function.operations import Filters, Operations, Verdict
 from function.retention import Horizon, Retention
+from function.rules import Rules
 from tests.conftest import settings_of
 from tests.orders import order
 
@@ -63,7 +64,7 @@ def engine(mariadb: MariaDb) -> Iterator[Engine]:
         "LEDGER_TIMEOUT_S": "60",
     }
     engine = make_engine(settings_of(env))
-    migrate(engine)
+    migrate(engine, Rules(settle_s=120, second_person_above_minor=10**9))
     with mariadb.root_connect(name) as connection, connection.cursor() as cursor:
         cursor.execute(_FILL)
         cursor.execute(
@@ -121,7 +122,7 @@ def plans(engine: Engine, act: Callable[[], object]) -> list[dict[str, Any]]:
             found += [
                 dict(row) | {"statement": statement}
                 for row in rows.mappings()
-                if row["table"] in {"topup", "earlier", "me", "other"}
+                if row["table"] in {"topup", "earlier", "me", "other", "success"}
             ]
     assert found
     return found
@@ -220,8 +221,6 @@ def test_decision_touches_one_row(engine: Engine, operations: Operations) -> Non
             parked.idempotency_key,
             Verdict.ABANDON,
             reason="test",
-            settle_s=120,
-            amount_limit_minor=10**9,
         ),
     )
 
@@ -255,6 +254,42 @@ def test_claim_and_what_follows_read_a_handful_of_rows(engine: Engine) -> None:
             "one_in_flight_a_subscriber",
             "by_status",
         }
+
+
+def test_resolver_finds_what_is_due_without_the_settled(engine: Engine) -> None:
+    profile = load_profile(settings_of({"LEDGER_DATABASE_URL": "sqlite://"}))
+    ledger = Ledger(engine, profile, lease_s=30)
+    due: list[Stored] = []
+
+    def round_() -> None:
+        due.extend(
+            ledger.due(given_up_s=900, again_s=10, is_parked_due=True, limit=200)
+        )
+        assert ledger.accepted(again_s=10, watch_s=0, limit=200) == []
+
+    for plan in plans(engine, round_):
+        assert plan["type"] not in {"ALL", "index"}, plan
+        assert plan["key"] in {"by_status", "line", "one_in_flight_a_subscriber"}, plan
+        # What is open, not what is settled.
+        assert int(plan["rows"]) <= ROWS // 100, plan
+    assert len(due) == 200
+
+
+@pytest.mark.parametrize("age", ["oldest", "newest"])
+def test_evidence_is_found_by_index(engine: Engine, age: str) -> None:
+    """Of an order from before all the others, and of one after them."""
+    profile = load_profile(settings_of({"LEDGER_DATABASE_URL": "sqlite://"}))
+    ledger = Ledger(engine, profile, lease_s=30)
+    direction = "ASC" if age == "oldest" else "DESC"
+    with engine.connect() as connection:
+        key = connection.exec_driver_sql(
+            "SELECT idempotency_key FROM topup WHERE status = 'in_doubt'"  # noqa: S608
+            f" ORDER BY updated_at {direction} LIMIT 1"
+        ).scalar_one()
+
+    for plan in plans(engine, lambda: ledger.evidence(key)):
+        assert plan["type"] not in {"ALL", "index"}, plan
+        assert plan["key"] in {"PRIMARY", "by_status"}, plan
 
 
 def test_purge_walks_by_status_and_deletes_by_key(
