@@ -77,6 +77,11 @@ class Settings:
         "Connections idle for longer are not used again; below what the API keeps.",
         default=4.0,
     )
+    recharge_api_accepted_max_s: float = _setting(
+        "Age at which a recharge that the API took over and has not finished is a "
+        "person's case.",
+        default=3600.0,
+    )
     recharge_api_reversal_watch_s: float = _setting(
         "For so long after its success an accepted recharge is watched for a late "
         "reversal, which reads every success of that time each round; 0: not at all.",
@@ -297,6 +302,7 @@ _POSITIVE: Final = (
     "recharge_api_idle_s",
     "recharge_api_replay_window_s",
     "recharge_api_settle_s",
+    "recharge_api_accepted_max_s",
     "event_bytes_max",
     "event_read_timeout_s",
     "event_redelivery_max_s",

@@ -64,6 +64,7 @@ from function.schema import (
     JustAfter,
     Now,
     attempt,
+    hinted,
     is_before,
     pause,
     quarantine,
@@ -80,6 +81,7 @@ STATUS_OF_ANSWER: Final = {
 _UNHELD: Final = (Status.IN_DOUBT, Status.PARKED, Status.HELD, Status.RELEASED)
 _ANSWERED: Final = (Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED)
 _MICROS: Final = 1_000_000
+_REASON_MAX: Final = 64
 
 
 class Ledger:
@@ -111,7 +113,11 @@ class Ledger:
 
         """
         token = _new_token()
-        values = self._row(order) | {"token": token, "lease_us": self._lease_us}
+        values = self._row(order) | {
+            "token": token,
+            "lease_us": self._lease_us,
+            "api_kind": self._profile.kind,
+        }
         if not self._try_to_claim(_CLAIM, values, token):
             return None
         return Claim(token, values["rendered_key"], is_doubted=False)
@@ -130,12 +136,10 @@ class Ledger:
         """
         _check(entry.status, Status.IN_FLIGHT)
         token = _new_token()
-        values = {
-            "key": entry.idempotency_key,
-            "seen_status": entry.status,
-            "seen_token": entry.token,
+        values = _as_seen(entry) | {
             "new_token": token,
             "lease_us": self._lease_us,
+            "api_kind": self._profile.kind,
         }
         if not self._try_to_claim(_RECLAIM, values, token):
             return None
@@ -149,7 +153,8 @@ class Ledger:
         with connected(self._engine) as connection:
             row = connection.execute(_LOOK, values).one()
         blocker = Status(row.blocker) if row.blocker else None
-        line = Line(bool(row.is_paused), blocker, bool(row.is_stuck))
+        is_paused = row.paused is not None
+        line = Line(is_paused, blocker, bool(row.is_stuck), row.paused or "")
         return (_entry(row) if row.idempotency_key else None), line
 
     def evidence(self, key: str) -> Evidence:
@@ -220,13 +225,8 @@ class Ledger:
     def wait_again(self, entry: Entry) -> bool:
         """Put a released order, whose record will not come again, back in line."""
         _check(entry.status, Status.HELD)
-        values = {
-            "key": entry.idempotency_key,
-            "seen_status": entry.status,
-            "seen_token": entry.token,
-        }
         with connected(self._engine) as connection:
-            return connection.execute(_WAIT_AGAIN, values).rowcount == 1
+            return connection.execute(_WAIT_AGAIN, _as_seen(entry)).rowcount == 1
 
     def record_reversal(self, key: str, token: str, reference: str | None) -> None:
         """Keep a late reversal as an event of its own; the terminal status stands."""
@@ -287,7 +287,7 @@ class Ledger:
             key: the idempotency key.
             token: the attempt's fence.
             answer: whatever came back.
-            is_parked: nothing automatic can find out.
+            is_parked: nothing automatic can find out; the row then says why.
 
         Returns False if the attempt holds the claim no more: nothing is changed.
 
@@ -299,6 +299,7 @@ class Ledger:
             "claim_token": token,
             "to_status": status,
             "to_class": answer.classified,
+            "to_reason": answer.reason[:_REASON_MAX] if is_parked else "",
         }
         with transaction(self._engine) as connection:
             if connection.execute(_DOUBT, values).rowcount != 1:
@@ -329,10 +330,7 @@ class Ledger:
         """
         status = STATUS_OF_ANSWER[answer.classified]
         _check(entry.status, status)
-        values = {
-            "key": entry.idempotency_key,
-            "seen_status": entry.status,
-            "seen_token": entry.token,
+        values = _as_seen(entry) | {
             "to_status": status,
             "to_reference": answer.reference,
             "to_reason": answer.reason if status is Status.REJECTED else "",
@@ -343,20 +341,26 @@ class Ledger:
             _record(connection, entry.idempotency_key, entry.token or "", answer)
             return True
 
-    def park(self, entry: Entry) -> bool:
-        """Give up settling a row in doubt automatically.
+    def park(self, entry: Entry, reason: str) -> bool:
+        """Give up settling a row in doubt automatically; the row says why.
 
         Returns False if it has changed since it was read.
 
         """
         _check(entry.status, Status.PARKED)
-        values = {
-            "key": entry.idempotency_key,
-            "seen_status": entry.status,
-            "seen_token": entry.token,
-        }
+        values = _as_seen(entry) | {"to_reason": reason}
         with connected(self._engine) as connection:
             return connection.execute(_PARK, values).rowcount == 1
+
+    def note(self, entry: Entry, reason: str) -> bool:
+        """Write why a row needs a person; its status stays.
+
+        Returns False if it has changed since it was read.
+
+        """
+        values = _as_seen(entry) | {"to_reason": reason}
+        with connected(self._engine) as connection:
+            return connection.execute(_NOTE, values).rowcount == 1
 
     def keep_evidence(self, key: str, token: str, answer: Answer) -> bool:
         """Keep what a fenced attempt learnt; a success settles a row nobody holds.
@@ -388,24 +392,40 @@ class Ledger:
         except IntegrityError:
             return False
 
-    def overtake(self, order: TopUp) -> int:
+    def put_off(self, order: TopUp) -> bool:
+        """Record a new order that is first in its line and shall not be called yet.
+
+        Nothing was executed, so it is released: its next delivery, or the resolver,
+        claims it at its place.
+
+        Returns False if it is in the ledger already.
+
+        """
+        try:
+            with connected(self._engine) as connection:
+                return connection.execute(_PUT_OFF, self._row(order)).rowcount == 1
+        except IntegrityError:
+            return False
+
+    def overtake(self, order: TopUp) -> list[str]:
         """Park what the source has given up on: an earlier offset of the partition.
 
         A later record of the same partition proves that an earlier one will not
         come again: doubt about it is for the resolver, and a released one, of which
         nothing was executed, waits in line.
 
-        Returns how many rows changed; 0 without a position.
+        Returns the keys of the rows that changed; none without a position.
 
         """
         if order.position is None:
-            return 0
+            return []
         values = _position(order) | {"subscriber": order.msisdn}
         with transaction(self._engine) as connection:
-            return sum(
-                connection.execute(statement, values).rowcount
-                for statement in (_OVERTAKE_DOUBT, _OVERTAKE_RELEASED)
-            )
+            keys = connection.scalars(_OVERTAKEN, values).all()
+            if keys:
+                connection.execute(_OVERTAKE_DOUBT, values)
+                connection.execute(_OVERTAKE_RELEASED, values)
+            return list(keys)
 
     def put_in_quarantine(self, refused: Refused) -> bool:
         """Record what can never be executed as it is; a redelivery adds nothing.
@@ -487,6 +507,14 @@ def _position(order: TopUp) -> dict[str, Any]:
     }
 
 
+def _as_seen(entry: Entry) -> dict[str, Any]:
+    return {
+        "key": entry.idempotency_key,
+        "seen_status": entry.status,
+        "seen_token": entry.token,
+    }
+
+
 def _check(from_: Status, to: Status) -> None:
     if to not in TRANSITIONS[from_]:
         raise IllegalTransition(f"{from_} -> {to}")
@@ -503,7 +531,7 @@ def _record(connection: Connection, key: str, token: str, answer: Answer) -> Non
             "is_sent": int(answer.is_sent),
             "http_status": answer.http_status,
             "reference": answer.reference,
-            "reason": answer.reason[:64],
+            "reason": answer.reason[:_REASON_MAX],
             "words": answer.words,
         },
     )
@@ -536,6 +564,7 @@ def _entry(row: Any) -> Entry:
         if row.first_sent_age_s is None
         else float(row.first_sent_age_s),
         doubts=row.doubts,
+        api_kind=row.api_kind,
         last_class=AnswerClass(row.last_class) if row.last_class else None,
         reference=row.reference,
         reason=row.reason,
@@ -547,8 +576,12 @@ def _entry(row: Any) -> Entry:
 _KEY: Final = topup.c.idempotency_key == bindparam("key")
 
 
+def _pauses(channel: Any) -> Any:
+    return or_(pause.c.scope == "*", pause.c.scope == channel)
+
+
 def _is_paused(channel: Any) -> Any:
-    return exists().where(or_(pause.c.scope == "*", pause.c.scope == channel))
+    return exists().where(_pauses(channel))
 
 
 def _new_row(status: Status, place: Any, **more: Any) -> tuple[list[str], Select[Any]]:
@@ -592,6 +625,7 @@ _columns, _source = _new_row(
     first_sent_at=Now(),
     sent_at=Now(),
     attempts=literal_column("1"),
+    api_kind=bindparam("api_kind"),
 )
 _CLAIM: Final = insert(topup).from_select(
     _columns,
@@ -630,6 +664,9 @@ _HOLD: Final = insert(topup).from_select(
     ),
 )
 
+_put_off_columns, _put_off_source = _new_row(Status.RELEASED, _place_at_the_end)
+_PUT_OFF: Final = insert(topup).from_select(_put_off_columns, _put_off_source)
+
 # MySQL reads the table that it updates only through a derived table that it must
 # build first; the LIMIT keeps it from merging it.
 _me = topup.alias("me")
@@ -661,6 +698,8 @@ _RECLAIM: Final = (
         sent_at=Now(),
         updated_at=Now(),
         attempts=topup.c.attempts + 1,
+        api_kind=bindparam("api_kind"),
+        reason="",
     )
 )
 
@@ -681,6 +720,7 @@ _ENTRY_COLUMNS: Final = (
     "token",
     "rendered_key",
     "doubts",
+    "api_kind",
     "last_class",
     "reference",
     "reason",
@@ -690,7 +730,13 @@ _LOOK: Final = select(
     AgeS(topup.c.sent_at).label("sent_age_s"),
     AgeS(topup.c.first_sent_at).label("first_sent_age_s"),
     case((topup.c.lease_until < Now(), 1), else_=0).label("is_lease_over"),
-    _is_paused(bindparam("channel")).label("is_paused"),
+    # Who did it and why: NULL where nothing is paused.
+    select(pause.c.paused_by + literal(": ") + pause.c.reason)
+    .where(_pauses(bindparam("channel")))
+    .order_by(pause.c.scope)
+    .limit(literal_column("1"))
+    .scalar_subquery()
+    .label("paused"),
     select(_earlier.c.status)
     .where(_stands_before)
     .order_by(
@@ -712,6 +758,14 @@ _LOOK: Final = select(
     .outerjoin(topup, and_(true(), _KEY))
 )
 
+
+def _is_some(table: Any, *conditions: Any) -> Any:
+    """Whether there is such an order of another; found by status and time."""
+    query: Select[Any] = select(literal_column("1")).select_from(table)
+    query = query.where(*conditions)
+    return hinted(query, "by_status", table).correlate_except(table).exists()
+
+
 _other = topup.alias("other")
 _FAILED: Final = (Status.IN_DOUBT, Status.PARKED, Status.RELEASED)
 _since_first_attempt = and_(
@@ -723,48 +777,39 @@ _here = and_(
 )
 # Only a call that was made since shows that calls work: a look-up or a person's word
 # settles orders in the middle of an outage, too.
-_others_succeeded = (
-    exists()
-    .where(
-        _other.c.status.in_(_ANSWERED),
-        _since_first_attempt,
-        _other.c.sent_at >= topup.c.first_sent_at,
-    )
-    .correlate(topup)
+_others_succeeded = _is_some(
+    _other,
+    _other.c.status.in_(_ANSWERED),
+    _since_first_attempt,
+    _other.c.sent_at >= topup.c.first_sent_at,
 )
 _success = topup.alias("success")
-_is_probe_out = (
-    exists()
-    .where(
-        _other.c.status == Status.PARKED.value,
-        _here,
-        _other.c.idempotency_key != topup.c.idempotency_key,
-        not_(
-            exists().where(
-                _success.c.status.in_(_ANSWERED),
-                # Not since its last change: the resolver tries it again and again.
-                _success.c.updated_at > _other.c.first_sent_at,
-                _success.c.sent_at >= _other.c.first_sent_at,
-                _success.c.topic.is_not_distinct_from(_other.c.topic),
-                _success.c.kafka_partition.is_not_distinct_from(
-                    _other.c.kafka_partition
-                ),
-            )
-        ),
-    )
-    .correlate(topup)
+_is_probe_out = _is_some(
+    _other,
+    _other.c.status == Status.PARKED.value,
+    _here,
+    _other.c.idempotency_key != topup.c.idempotency_key,
+    not_(
+        _is_some(
+            _success,
+            _success.c.status.in_(_ANSWERED),
+            # Not since its last change: the resolver tries it again and again.
+            _success.c.updated_at > _other.c.first_sent_at,
+            _success.c.sent_at >= _other.c.first_sent_at,
+            _success.c.topic.is_not_distinct_from(_other.c.topic),
+            _success.c.kafka_partition.is_not_distinct_from(_other.c.kafka_partition),
+        )
+    ),
 )
 _EVIDENCE: Final = select(
     _others_succeeded.label("have_others_succeeded"),
-    exists()
-    .where(
+    _is_some(
+        _other,
         _other.c.status.in_(_FAILED),
         # At the same moment counts, too: SQLite's clock has but milliseconds.
         _other.c.updated_at >= topup.c.first_sent_at,
         _other.c.msisdn != topup.c.msisdn,
-    )
-    .correlate(topup)
-    .label("have_others_failed"),
+    ).label("have_others_failed"),
     # Not asked where it does not matter: the search for a success that isn't there
     # walks every other one.
     case((_others_succeeded, literal_column("0")), else_=_is_probe_out).label(
@@ -892,6 +937,7 @@ _DOUBT: Final = (
         status=bindparam("to_status"),
         last_class=bindparam("to_class"),
         doubts=topup.c.doubts + 1,
+        reason=bindparam("to_reason"),
         updated_at=Now(),
     )
 )
@@ -922,15 +968,18 @@ _END_DOUBT: Final = (
     )
 )
 _PARK: Final = (
-    update(topup).where(_AS_SEEN).values(status=Status.PARKED.value, updated_at=Now())
+    update(topup)
+    .where(_AS_SEEN)
+    .values(status=Status.PARKED.value, reason=bindparam("to_reason"), updated_at=Now())
 )
+_NOTE: Final = update(topup).where(_AS_SEEN).values(reason=bindparam("to_reason"))
 _WAIT_AGAIN: Final = (
     update(topup).where(_AS_SEEN).values(status=Status.HELD.value, updated_at=Now())
 )
 _SETTLE_UNHELD: Final = (
     update(topup)
     .where(_KEY, topup.c.status.in_([status.value for status in _UNHELD]))
-    .values(**_ANSWER_VALUES)
+    .values(reason="", **_ANSWER_VALUES)
 )
 _EARLIER_HERE: Final = and_(
     topup.c.msisdn == bindparam("subscriber"),
@@ -938,17 +987,22 @@ _EARLIER_HERE: Final = and_(
     topup.c.kafka_partition == bindparam("at_partition"),
     topup.c.kafka_offset < bindparam("at_offset"),
 )
+_IS_DOUBTFUL: Final = or_(
+    topup.c.status == Status.IN_DOUBT.value,
+    and_(topup.c.status == Status.IN_FLIGHT.value, topup.c.lease_until < Now()),
+)
+_OVERTAKEN: Final = (
+    select(topup.c.idempotency_key)
+    .where(_EARLIER_HERE, or_(_IS_DOUBTFUL, topup.c.status == Status.RELEASED.value))
+    .order_by(topup.c.place, topup.c.idempotency_key)
+    .with_for_update()
+)
 _OVERTAKE_DOUBT: Final = (
     update(topup)
-    .where(
-        _EARLIER_HERE,
-        or_(
-            topup.c.status == Status.IN_DOUBT.value,
-            and_(topup.c.status == Status.IN_FLIGHT.value, topup.c.lease_until < Now()),
-        ),
-    )
+    .where(_EARLIER_HERE, _IS_DOUBTFUL)
     .values(
         status=Status.PARKED.value,
+        reason="source_gave_up",
         doubts=case((topup.c.doubts == 0, 1), else_=topup.c.doubts),
         updated_at=Now(),
     )

@@ -57,7 +57,8 @@ UNSETTLED: Final = frozenset(
 TERMINAL: Final = frozenset({Status.SUCCEEDED, Status.REJECTED, Status.ABANDONED})
 
 #: The answers that can end a claim or a doubt, by whatever evidence.
-_ANSWERED: Final = frozenset({Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED})
+_TAKEN: Final = frozenset({Status.SUCCEEDED, Status.ACCEPTED})
+_ANSWERED: Final = _TAKEN | {Status.REJECTED}
 
 #: The legal transitions: from -> to. The ledger refuses every other.
 TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
@@ -66,9 +67,10 @@ TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
     # By the resolver; held again by a person's "not executed, call again".
     Status.PARKED: _ANSWERED | {Status.IN_FLIGHT, Status.HELD, Status.ABANDONED},
     # A fenced attempt's success is evidence that settles a row nobody holds.
-    Status.HELD: _ANSWERED | {Status.IN_FLIGHT, Status.ABANDONED},
-    Status.RELEASED: _ANSWERED | {Status.IN_FLIGHT, Status.HELD, Status.ABANDONED},
-    Status.ACCEPTED: frozenset({Status.SUCCEEDED, Status.REJECTED}),
+    Status.HELD: _TAKEN | {Status.IN_FLIGHT, Status.ABANDONED},
+    Status.RELEASED: _TAKEN | {Status.IN_FLIGHT, Status.HELD, Status.ABANDONED},
+    # By the resolver; abandoned by a person where the API never says how it ended.
+    Status.ACCEPTED: TERMINAL,
     Status.SUCCEEDED: frozenset(),
     Status.REJECTED: frozenset(),
     Status.ABANDONED: frozenset(),
@@ -212,11 +214,13 @@ class Entry:
     first_sent_age_s: float | None
     #: Attempts of unknown outcome so far; doubt is sticky.
     doubts: int
+    #: The API's kind when this was last sent; None if it never was, or nobody knows.
+    api_kind: str | None
     #: Class of the last answer that was not a plain success, if any.
     last_class: AnswerClass | None
     #: The API's reference, once known.
     reference: str | None
-    #: Why the API said no, once it did.
+    #: Why it was refused, parked or needs a person: a short constant, or empty.
     reason: str
 
 
@@ -230,6 +234,8 @@ class Line:
     blocker: Status | None
     #: A parked or held one stands before it: its own record need not come again.
     is_stuck: bool
+    #: Who has paused it, and why, in their own words.
+    pause: str = ""
 
 
 class Evidence(NamedTuple):

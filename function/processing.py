@@ -76,10 +76,12 @@ class LedgerPort(Protocol):
     ) -> bool: ...
     def expire(self, entry: Entry) -> bool: ...
     def end_doubt(self, entry: Entry, answer: Answer) -> bool: ...
-    def park(self, entry: Entry) -> bool: ...
+    def park(self, entry: Entry, reason: str) -> bool: ...
+    def note(self, entry: Entry, reason: str) -> bool: ...
     def keep_evidence(self, key: str, token: str, answer: Answer) -> bool: ...
     def hold(self, order: TopUp) -> bool: ...
-    def overtake(self, order: TopUp) -> int: ...
+    def put_off(self, order: TopUp) -> bool: ...
+    def overtake(self, order: TopUp) -> list[str]: ...
     def put_in_quarantine(self, refused: Refused) -> bool: ...
     def evidence(self, key: str) -> Evidence: ...
     def looked(self, key: str) -> None: ...
@@ -182,12 +184,11 @@ class Processing:
             if claim is not None:
                 return self._recharge(order, claim, started)
             entry, line = self._ledger.look(order)
-            if entry is None and is_resting:
-                return Receipt(Outcome.API_AWAY)
             if entry is None:
                 # Its own record may not come again, so it is recorded before it is
                 # sent away (DESIGN section 4, rule 9).
-                self._ledger.hold(order)
+                if not self._ledger.hold(order) and is_resting:
+                    self._ledger.put_off(order)
                 continue
             if entry.fingerprint != order.fingerprint:
                 return self._refuse_reused_key(order)
@@ -263,11 +264,13 @@ class Processing:
     def _wait(self, order: TopUp, line: Line) -> Receipt | None:
         """Say why it can't run now; what the source has given up on is parked."""
         if line.is_paused:
-            return Receipt(Outcome.PAUSED)
+            return Receipt(Outcome.PAUSED, reason=line.pause)
         if line.is_stuck:
             return Receipt(Outcome.HELD)
-        if self._ledger.overtake(order):
-            self._alert("earlier_overtaken", order.idempotency_key, "source_gave_up")
+        overtaken = self._ledger.overtake(order)
+        for key in overtaken:
+            self._alert("earlier_overtaken", key, "source_gave_up")
+        if overtaken:
             return None
         return Receipt(Outcome.WAITING)
 
@@ -387,6 +390,9 @@ class Processing:
     def _settle_doubt(self, order: TopUp, entry: Entry) -> Receipt | None:
         """Find out what became of the last attempt, as far as the API can tell."""
         kind = self._profile.kind
+        if entry.api_kind not in {None, kind}:
+            # What was sent to one kind of API is not repeated to another.
+            return self._park(entry, "api_kind_changed")
         is_used = entry.last_class is AnswerClass.SAME_REFERENCE
         if kind is Kind.REPLAY and is_used and self._profile.look_up is not None:
             # The first one got there: asking ends it, and repeating does not.
@@ -419,8 +425,10 @@ class Processing:
                 )
                 return self._end_doubt(entry, answer)
             case Finding.SEVERAL:
-                self._alert("executed_several_times", entry.idempotency_key, "")
-                return self._park(entry, "executed_several_times")
+                reason = "executed_several_times"
+                if entry.reason != reason:
+                    self._alert(reason, entry.idempotency_key, "")
+                return self._park(entry, reason)
             case Finding.ABSENT:
                 return self._absent(order, entry)
         return Receipt(Outcome.IN_DOUBT, reason=found.reason or found.finding.value)
@@ -443,9 +451,12 @@ class Processing:
         return Receipt(_FINAL[answer.classified], answer.reference, reason)
 
     def _park(self, entry: Entry, reason: str) -> Receipt | None:
-        if entry.status is Status.PARKED:
+        """Leave it to a person, who is told once for each reason."""
+        is_parked = entry.status is Status.PARKED
+        if is_parked and entry.reason == reason:
             return Receipt(Outcome.PARKED, reason=reason)
-        if not self._ledger.park(entry):
+        write = self._ledger.note if is_parked else self._ledger.park
+        if not write(entry, reason):
             return None
         self._alert(Outcome.PARKED.value, entry.idempotency_key, reason)
         return Receipt(Outcome.PARKED, reason=reason)

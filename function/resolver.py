@@ -28,7 +28,9 @@ from function.ledger import Ledger
 from function.model import (
     Answer,
     AnswerClass,
+    Entry,
     Finding,
+    LookUp,
     Outcome,
     Status,
     Stored,
@@ -64,6 +66,8 @@ class Resolver:
         again_s: seconds before an order is looked up again.
         watch_s: seconds for which a recharge that was accepted is watched for a late
             reversal after its success.
+        accepted_max_s: seconds after which an accepted recharge without an end is a
+            person's case.
         is_stopping: true once no new order may be taken up.
         alert: told of what a person must look at.
 
@@ -79,6 +83,7 @@ class Resolver:
         given_up_s: float,
         again_s: float,
         watch_s: float,
+        accepted_max_s: float,
         is_stopping: Callable[[], bool] = lambda: False,
         alert: Callable[[str, str, str], None] = telemetry.alert,
     ) -> None:
@@ -89,6 +94,7 @@ class Resolver:
         self._given_up_s = given_up_s
         self._again_s = again_s
         self._watch_s = watch_s
+        self._accepted_max_s = accepted_max_s
         self._is_stopping = is_stopping
         self._alert = alert
 
@@ -204,7 +210,7 @@ class Resolver:
         will_come = stored.status is Status.IN_FLIGHT and not stored.is_given_up
         if entry.status is not Status.IN_DOUBT or will_come:
             return
-        is_parked = self._ledger.park(entry)
+        is_parked = self._ledger.park(entry, "source_gave_up")
         if is_parked and stored.status is not Status.PARKED:
             self._alert("parked", entry.idempotency_key, "source_gave_up")
 
@@ -218,8 +224,6 @@ class Resolver:
     def _follow(self) -> Counts:
         """Follow accepted recharges to their end, and watch for late reversals."""
         counts: Counts = Counter()
-        if self._profile.look_up is None:
-            return counts
         for stored in self._ledger.accepted(
             again_s=self._again_s, watch_s=self._watch_s, limit=_BATCH
         ):
@@ -242,7 +246,10 @@ class Resolver:
         entry, _ = self._ledger.look(order)
         if entry is None:
             return None
-        found = self._api.look_up(entry.rendered_key)
+        # Without a look-up nobody but a person can learn how it ended.
+        found = LookUp(Finding.UNKNOWN)
+        if self._profile.look_up is not None:
+            found = self._api.look_up(entry.rendered_key)
         if entry.status is Status.SUCCEEDED:
             if found.finding is not Finding.REVERSED:
                 return None
@@ -251,25 +258,33 @@ class Resolver:
             return "reversed"
         if entry.status is not Status.ACCEPTED:
             return None
-        match found.finding:
-            case Finding.EXECUTED:
-                answer = Answer(AnswerClass.DONE, reference=found.reference)
-            case Finding.FAILED | Finding.REVERSED:
-                reason = f"accepted_then_{found.finding.value}"
-                answer = Answer(AnswerClass.NO, reason=reason)
-                # The source was told 200: only a person can tell the subscriber.
-                self._alert("rejected_after_accepted", key, reason)
-            case Finding.SEVERAL:
-                self._alert("executed_several_times", key, "")
-                return None
-            case Finding.ABSENT if (entry.sent_age_s or 0.0) > self._profile.settle_s:
-                self._alert("accepted_but_absent", key, "")
-                return None
-            case _:
-                return None
+        if found.finding is Finding.EXECUTED:
+            answer = Answer(AnswerClass.DONE, reference=found.reference)
+        elif found.finding in {Finding.FAILED, Finding.REVERSED}:
+            reason = f"accepted_then_{found.finding.value}"
+            answer = Answer(AnswerClass.NO, reason=reason)
+            # The source was told 200: only a person can tell the subscriber.
+            self._alert("rejected_after_accepted", key, reason)
+        else:
+            self._tell_once(entry, found.finding)
+            return None
         if not self._ledger.end_doubt(entry, answer):
             return None
         return answer.classified.value
+
+    def _tell_once(self, entry: Entry, finding: Finding) -> None:
+        """Alert, and note in the row, why an accepted recharge needs a person."""
+        age_s = entry.sent_age_s or 0.0
+        if finding is Finding.SEVERAL:
+            reason = "executed_several_times"
+        elif finding is Finding.ABSENT and age_s > self._profile.settle_s:
+            reason = "accepted_but_absent"
+        elif age_s > self._accepted_max_s:
+            reason = "accepted_overdue"
+        else:
+            return
+        if entry.reason != reason and self._ledger.note(entry, reason):
+            self._alert(reason, entry.idempotency_key, finding.value)
 
 
 def make_resolver(
@@ -302,5 +317,6 @@ def make_resolver(
         given_up_s=settings.event_redelivery_max_s,
         again_s=settings.resolver_interval_s,
         watch_s=settings.recharge_api_reversal_watch_s,
+        accepted_max_s=settings.recharge_api_accepted_max_s,
         is_stopping=is_stopping,
     )

@@ -249,11 +249,11 @@ def test_terminal_status_never_changes(
     assert not ledger.expire(entry)
     assert not ledger.keep_evidence("app:r1", token, DONE)
     assert not ledger.hold(order())
-    assert ledger.overtake(order("r2", offset=2)) == 0
+    assert ledger.overtake(order("r2", offset=2)) == []
     for seen in (Status.IN_DOUBT, Status.HELD, Status.RELEASED):
         assert ledger.reclaim(replace(entry, status=seen)) is None
     assert not ledger.end_doubt(replace(entry, status=Status.IN_DOUBT), DONE)
-    assert not ledger.park(replace(entry, status=Status.IN_DOUBT))
+    assert not ledger.park(replace(entry, status=Status.IN_DOUBT), "why")
 
     assert database.row("app:r1") == before
 
@@ -271,7 +271,7 @@ def test_illegal_transition_is_refused(
             ledger.end_doubt(entry, DONE)
     if Status.PARKED not in TRANSITIONS[status]:
         with pytest.raises(IllegalTransition):
-            ledger.park(entry)
+            ledger.park(entry, "why")
     assert entry_of(ledger, order()).status is status
 
 
@@ -310,7 +310,7 @@ def test_reclaim_is_only_for_the_very_attempt_that_was_read(ledger: Ledger) -> N
 
     assert ledger.reclaim(stale) is None
     assert not ledger.end_doubt(stale, DONE)
-    assert not ledger.park(stale)
+    assert not ledger.park(stale, "why")
     assert ledger.reclaim(entry_of(ledger, order())) is not None
 
 
@@ -460,6 +460,52 @@ def test_order_that_is_not_recorded_stands_before_later_offsets_of_its_partition
     assert ledger.look(order("r4", offset=1, partition=1))[1].is_stuck
 
 
+def test_order_that_is_put_off_is_released_and_keeps_its_place(
+    ledger: Ledger, database: Database
+) -> None:
+    assert ledger.put_off(order("r1"))
+    assert not ledger.put_off(order("r1"))
+
+    entry = entry_of(ledger, order("r1"))
+    assert (entry.status, entry.token, entry.api_kind) == (Status.RELEASED, None, None)
+    assert ledger.claim(order("r2")) is None
+    assert ledger.hold(order("r2"))
+    claim = ledger.reclaim(entry)
+    assert claim
+    assert entry_of(ledger, order("r1")).api_kind == "none"
+    assert ledger.settle("app:r1", claim.token, DONE)
+    assert database.row("app:r1")["attempts"] == 1
+
+
+def test_pause_says_who_and_why(ledger: Ledger, database: Database) -> None:
+    assert ledger.look(order())[1].pause == ""
+    database.execute("INSERT INTO pause VALUES ('app', 'ann', 'fraud', '2001-01-01')")
+
+    line = ledger.look(order())[1]
+
+    assert (line.is_paused, line.pause) == (True, "ann: fraud")
+
+
+def test_reason_of_a_parked_order_is_in_its_row_until_it_is_called_again(
+    ledger: Ledger, database: Database
+) -> None:
+    entry = in_doubt(ledger, order())
+    assert ledger.park(entry, "one")
+    assert not ledger.note(entry, "stale")
+    parked = entry_of(ledger, order())
+    assert parked.reason == "one"
+    before = database.row("app:r1")
+
+    assert ledger.note(parked, "two")
+
+    assert database.row("app:r1") == before | {"reason": "two"}
+    claim = ledger.reclaim(entry_of(ledger, order()))
+    assert claim
+    assert entry_of(ledger, order()).reason == ""
+    assert ledger.doubt("app:r1", claim.token, UNKNOWN, is_parked=True)
+    assert entry_of(ledger, order()).reason == UNKNOWN.reason
+
+
 @pytest.mark.parametrize(
     ("status", "is_stuck"),
     [
@@ -496,7 +542,8 @@ def test_later_record_shows_that_the_source_gave_up_on_the_earlier(
 ) -> None:
     make(status, ledger, database, order("r1", offset=1))
 
-    assert ledger.overtake(order("r2", offset=2)) == int(status is not becomes)
+    changed = ["app:r1"] if status is not becomes else []
+    assert ledger.overtake(order("r2", offset=2)) == changed
 
     assert entry_of(ledger, order("r1")).status is becomes
 
@@ -507,7 +554,7 @@ def test_expired_claim_is_parked_when_overtaken(
     claimed(ledger, order("r1", offset=1))
     let_lease_end(database, order("r1"))
 
-    assert ledger.overtake(order("r2", offset=2)) == 1
+    assert ledger.overtake(order("r2", offset=2)) == ["app:r1"]
 
     entry = entry_of(ledger, order("r1"))
     assert entry.status is Status.PARKED
@@ -529,7 +576,7 @@ def test_other_record_overtakes_nothing(
 ) -> None:
     make(Status.IN_DOUBT, ledger, database, order("r1", offset=1))
 
-    assert ledger.overtake(later) == 0
+    assert ledger.overtake(later) == []
 
 
 @pytest.mark.parametrize("scope", ["*", "app"])

@@ -258,7 +258,7 @@ class Machine(RuleBasedStateMachine):
                 self.move(row, Status.HELD)
                 changes += 1
 
-        assert self.ledger.overtake(topup) == changes
+        assert len(self.ledger.overtake(topup)) == changes
 
     @precondition(lambda self: hasattr(self, "ledger"))
     @invariant()

@@ -561,6 +561,8 @@ def test_paused_function_records_and_answers_with_503(system: System) -> None:
     try:
         reply = system.post(order)
         assert (reply.status, reply.outcome) == (503, "paused")
+        assert json.loads(reply.body)["reason"] == "op: test"
+        assert '"op: test"' in system.function.log()
         assert system.status_of(order) == "held"
         assert system.post(new_order()).status == 200
     finally:

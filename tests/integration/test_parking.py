@@ -38,6 +38,7 @@ def resolver_of(database: Database, kind: Kind, **more: object) -> tuple[Resolve
         given_up_s=900,
         again_s=0,
         watch_s=3600,
+        accepted_max_s=600,
         alert=lambda action, key, _reason: pod.alerts.append((action, key)),
     )
     return resolver, pod
@@ -351,6 +352,81 @@ def test_accepted_recharge_is_followed_to_its_end(
     assert rpod.alerts == ([(alert, "app:r1")] if alert else [])
 
 
+@pytest.mark.parametrize("found", [PENDING, LOST, None])
+def test_accepted_recharge_without_an_end_is_told_once(
+    database: Database, found: LookUp | None
+) -> None:
+    """Pending for ever, a look-up that fails for ever, or no look-up at all."""
+    pod = Pod(database, Kind.REPLAY)
+    assert pod.deliver(order(), ACCEPTED) is Outcome.ACCEPTED
+    more = {} if found else {"look_up": None}
+    resolver, rpod = resolver_of(database, Kind.REPLAY, **more)
+    rpod.api.findings = [found] * 4 if found else []
+    resolver.run_once()
+    assert rpod.alerts == []
+
+    pod.let_time_pass()
+    for _ in range(3):
+        resolver.run_once()
+
+    assert rpod.alerts == [("accepted_overdue", "app:r1")]
+    assert database.row("app:r1")["reason"] == "accepted_overdue"
+    assert pod.status(order()) == "accepted"
+
+
+@pytest.mark.parametrize("status", ["parked", "accepted"])
+def test_several_executions_are_told_once(database: Database, status: str) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    first_answer = ACCEPTED if status == "accepted" else FAILED
+    first(pod, order(), first_answer)
+    assert pod.status(order()) == status
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.findings = [LookUp(Finding.SEVERAL)] * 3
+
+    for _ in range(3):
+        database.execute("UPDATE topup SET looked_at = NULL")
+        resolver.run_once()
+
+    several = ("executed_several_times", "app:r1")
+    assert rpod.alerts.count(several) == 1
+    assert database.row("app:r1")["reason"] == "executed_several_times"
+
+
+def test_parked_order_that_became_a_persons_case_says_why_and_is_told_once(
+    database: Database,
+) -> None:
+    """Past the window nothing automatic ends it: who was told before must hear it."""
+    pod = Pod(database, Kind.REPLAY)
+    assert first(pod, order()) is Outcome.PARKED
+    assert database.row("app:r1")["reason"] == "probe"
+    pod.let_time_pass()
+    resolver, rpod = resolver_of(database, Kind.REPLAY)
+
+    for _ in range(3):
+        database.execute("UPDATE topup SET looked_at = NULL")
+        resolver.run_once()
+
+    assert rpod.alerts == [("parked", "app:r1")]
+    assert database.row("app:r1")["reason"] == "cannot_be_found_out"
+    assert rpod.api.sent == []
+
+
+@pytest.mark.parametrize("now", [Kind.REPLAY, Kind.LOOKUP])
+def test_what_was_sent_to_one_kind_of_api_is_not_repeated_to_another(
+    database: Database, now: Kind
+) -> None:
+    pod = Pod(database, Kind.NONE)
+    assert pod.deliver(order(), UNKNOWN) is Outcome.PARKED
+    pod.let_time_pass()
+    resolver, rpod = resolver_of(database, now, settle_s=0.0, window_s=1e12)
+    rpod.api.findings = [ABSENT]
+
+    resolver.run_once()
+
+    assert (rpod.api.sent, rpod.api.asked) == ([], [])
+    assert database.row("app:r1")["reason"] == "api_kind_changed"
+
+
 def test_late_reversal_is_recorded_and_the_terminal_status_stands(
     database: Database,
 ) -> None:
@@ -421,8 +497,11 @@ def test_outage_of_an_api_that_cannot_be_asked_is_not_tried_order_by_order(
             current = next(waiting)
         else:
             assert outcome is Outcome.API_AWAY
-    parked = len(database.rows("topup"))
-    assert 3 < parked < 20
+    # The one that waits is in the ledger, at its place: the source may give up on it.
+    *parked, last = [row["status"] for row in database.rows("topup")]
+    assert set(parked) == {"parked"}
+    assert 3 < len(parked) < 20
+    assert last == "released"
 
     # One goes first; when it succeeds, all go.
     pod.now += 60
@@ -451,3 +530,7 @@ def test_resting_pod_still_answers_repetitions(database: Database) -> None:
     assert pod.deliver(order("ok", msisdn=B)) is Outcome.SUCCEEDED
     assert pod.deliver(order("p0", msisdn="+393331100000")) is Outcome.PARKED
     assert pod.deliver(order("new", msisdn=C)) is Outcome.API_AWAY
+    assert pod.status(order("new", msisdn=C)) == "released"
+    # Whatever comes later, here or at a pod that does not rest, waits behind it.
+    other = Pod(database, Kind.NONE)
+    assert other.deliver(order("newer", msisdn=C)) is Outcome.WAITING

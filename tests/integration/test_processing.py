@@ -440,7 +440,8 @@ def test_doubt_that_the_source_gave_up_on_is_parked_and_the_next_held(
     assert pod.deliver(order("r2", offset=2)) is Outcome.HELD
 
     assert pod.status(order("r1")) == "parked"
-    assert ("earlier_overtaken", "app:r2") in pod.alerts
+    assert pod.alerts == [("earlier_overtaken", "app:r1")]
+    assert database.row("app:r1")["reason"] == "source_gave_up"
 
 
 def test_doubt_of_another_partition_is_waited_for(database: Database) -> None:
@@ -456,7 +457,8 @@ def test_pause_records_and_calls_nothing(any_kind: Pod, database: Database) -> N
     any_kind.deliver(order("r0", msisdn="+393330000000"), NOT_SENT)
     database.execute("INSERT INTO pause VALUES ('*', 'a', 'b', '2001-01-01')")
 
-    assert any_kind.deliver(order("r1")) is Outcome.PAUSED
+    receipt = any_kind.processing.process(order("r1"))
+    assert (receipt.outcome, receipt.reason) == (Outcome.PAUSED, "a: b")
     again = order("r0", msisdn="+393330000000")
     assert any_kind.deliver(again) is Outcome.PAUSED
     assert any_kind.status(order("r1")) == "held"
