@@ -374,7 +374,9 @@ class Processing:
         if entry and settled and entry.token == claim.token:
             # Our own settlement, whose answer was lost.
             return Receipt(settled, entry.reference, entry.reason, attempt=claim.token)
-        if entry and entry.status is Status.PARKED and entry.token == claim.token:
+        is_parked = entry and entry.status is Status.PARKED
+        is_own = entry and entry.token == claim.token
+        if is_parked and is_own and answer.classified not in _FINAL:
             # Our own, too: a person must still hear of it.
             self._alert(Outcome.PARKED.value, key, answer.reason)
             return Receipt(Outcome.PARKED, reason=answer.reason, attempt=claim.token)

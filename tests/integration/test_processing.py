@@ -468,6 +468,28 @@ def test_pause_records_and_calls_nothing(any_kind: Pod, database: Database) -> N
     assert any_kind.deliver(again, DONE) is Outcome.SUCCEEDED
 
 
+@pytest.mark.parametrize("answer", [DONE, ACCEPTED])
+def test_success_settles_an_order_that_was_parked_meanwhile(
+    database: Database, answer: Answer
+) -> None:
+    """Others gave up on this very attempt, whose answer was on its way."""
+    pod = Pod(database, Kind.REFUSE)
+    claim = pod.ledger.claim(order())
+    assert claim
+    pod.let_lease_end()
+    entry, _ = pod.ledger.look(order())
+    assert entry
+    assert pod.ledger.expire(entry)
+    entry, _ = pod.ledger.look(order())
+    assert entry
+    assert pod.ledger.park(entry, "others_succeed")
+
+    receipt = pod.processing._write(order(), claim, answer)
+
+    assert receipt.outcome.value == pod.status(order())
+    assert receipt.reference == "R-1"
+
+
 def test_draining_pod_begins_no_call(any_kind: Pod, database: Database) -> None:
     any_kind.is_draining = True
 
