@@ -5,6 +5,7 @@ Read in this order, which is the order of one event, then of what surrounds it:
     gunicorn.conf.py  the container's server
     main.py           wires the parts; one HTTP status per outcome
     door.py           reads the request within bounds
+    event_tokens.py   who may post, where it is asked; issuer_keys.py by whose keys
     events.py         CloudEvent -> TopUp
     processing.py     claim, recharge, settle; doubt
     ledger.py         the statements; schema.py the tables; database.py connections
@@ -25,9 +26,9 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 LAYERS = (
     ("errors", "model"),
     ("config", "telemetry", "door"),
-    ("api_profile", "api_auth", "events", "schema", "database"),
+    ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),
     ("rules",),
-    ("migrate", "ledger", "recharge_api", "processing"),
+    ("migrate", "ledger", "recharge_api", "processing", "event_tokens"),
     ("operations", "retention", "reconcile", "replay", "grants", "resolver"),
     ("main", "cli", "gunicorn.conf"),
 )

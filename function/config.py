@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from function.errors import SettingsError
 
@@ -118,6 +118,33 @@ class Settings:
     )
     event_delivery_timeout_s: float = _setting(
         "`delivery.timeout` of the KafkaSource.", default=60.0
+    )
+    events_oidc_audience: str | None = _setting(
+        "Events are admitted only with a token of this audience: `sink.audience` of "
+        "the KafkaSource; empty: whoever reaches the function may post.",
+        default=None,
+    )
+    events_oidc_issuer: str | None = _setting(
+        "Who signs the tokens, exactly as in their `iss`; its keys are found from "
+        "here by OpenID discovery.",
+        default=None,
+    )
+    events_oidc_subjects: tuple[str, ...] | None = _setting(
+        "Who may post, comma-separated and exact: "
+        "`system:serviceaccount:NAMESPACE:NAME`.",
+        default=None,
+    )
+    events_oidc_keys_url: str | None = _setting(
+        "Where the issuer's keys are (JWKS), instead of discovery.", default=None
+    )
+    events_oidc_ca_file: Path | None = _setting(
+        "CA that signed the certificate of the keys' server; the public ones when "
+        "empty.",
+        default=None,
+    )
+    events_oidc_keys_token_file: Path | None = _setting(
+        "File with a bearer token for the keys' server, read at each fetch.",
+        default=None,
     )
     server_threads: int = _setting(
         "Requests that run at once in a pod; both connection pools have this size.",
@@ -241,10 +268,8 @@ class Settings:
                 "RECHARGE_API_TOKEN_FILE and RECHARGE_API_OAUTH_TOKEN_URL are two ways "
                 "to authenticate: set one"
             )
-        address = urlsplit(self.recharge_api_url)
-        is_address = address.scheme in {"http", "https"} and address.hostname
-        if self.recharge_api_url and not is_address:
-            problems.append("RECHARGE_API_URL must begin with http:// or https://")
+        if self.recharge_api_url and _split(self.recharge_api_url) is None:
+            problems.append("RECHARGE_API_URL must be an http:// or https:// address")
         if not _EVENT_TYPE.fullmatch(self.event_type):
             # The completion event's type is made from it, and must be another one.
             problems.append("EVENT_TYPE must end in .requested.v and a number")
@@ -252,10 +277,49 @@ class Settings:
             problems.append("RECHARGE_API_REVERSAL_WATCH_S must not be negative")
         if self.recharge_api_kind not in _KINDS:
             problems.append("RECHARGE_API_KIND must be replay, refuse, lookup or none")
+        problems += self._problems_of_events_oidc()
         if self.log_level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
             problems.append("LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR")
         if problems:
             raise SettingsError("; ".join(problems))
+
+    def _problems_of_events_oidc(self) -> list[str]:
+        """What is wrong about who may post; half of it must never admit everybody."""
+        together = [
+            self.events_oidc_audience,
+            self.events_oidc_issuer,
+            self.events_oidc_subjects,
+        ]
+        keys_url = self.events_oidc_keys_url
+        more = [keys_url, self.events_oidc_ca_file, self.events_oidc_keys_token_file]
+        if not any(together) and not any(more):
+            return []
+        if not all(together):
+            return [_OIDC_TOGETHER]
+        problems = []
+        if any("*" in subject for subject in self.events_oidc_subjects or ()):
+            problems.append("EVENTS_OIDC_SUBJECTS are whole names: `*` means nothing")
+        name = "EVENTS_OIDC_KEYS_URL" if keys_url else "EVENTS_OIDC_ISSUER"
+        address = _split(keys_url or self.events_oidc_issuer or "")
+        if address is None:
+            hint = "" if keys_url else "; else set EVENTS_OIDC_KEYS_URL"
+            problems.append(f"{name} must be an http:// or https:// address{hint}")
+        elif self.events_oidc_keys_token_file and address.scheme != "https":
+            problems.append(
+                f"{name} must begin with https:// where EVENTS_OIDC_KEYS_TOKEN_FILE "
+                "is set: the token would be sent in the clear"
+            )
+        return problems
+
+
+def _split(address: str) -> SplitResult | None:
+    """The parts of an http or https address, or None if it is none."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(address)
+        # Reading the port is what checks it.
+        if parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0:
+            return parts
+    return None
 
 
 #: Left must be less than right, or the safety argument named breaks.
@@ -290,6 +354,11 @@ _ORDER: Final = (
         "server_termination_grace_s",
         "the pod may not be killed while it drains",
     ),
+)
+
+_OIDC_TOGETHER: Final = (
+    "EVENTS_OIDC_AUDIENCE, EVENTS_OIDC_ISSUER and EVENTS_OIDC_SUBJECTS go together, "
+    "and no other EVENTS_OIDC setting without them: set all three or none"
 )
 
 #: None: the profile says.
@@ -327,6 +396,8 @@ def _parse(hint: Any, raw: str) -> Any:
         if not Path(raw).is_file():
             raise ValueError(f"no such file: {raw}")
         return Path(raw)
+    if hint == tuple[str, ...] | None:
+        return tuple(item.strip() for item in raw.split(",") if item.strip()) or None
     return raw
 
 

@@ -20,6 +20,7 @@ from function.config import Settings
 from function.database import make_engine
 from function.door import draining
 from function.errors import SettingsError
+from function.event_tokens import EventTokens
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -54,6 +55,7 @@ try:
     # for ever.
     load_profile(_settings)
     make_engine(_settings).dispose()
+    EventTokens(_settings)
 except SettingsError as error:
     raise SystemExit(f"topup: {error}") from None
 

@@ -24,6 +24,7 @@ from function.errors import (
     SettingsError,
     UnknownEventType,
 )
+from function.event_tokens import EventTokens, NotAdmitted
 from function.events import attributes_of, position_of, read_topup, reply_to
 from function.ledger import Ledger
 from function.migrate import require_migrated
@@ -43,6 +44,7 @@ STATUS: Final[dict[Outcome, int]] = {
     Outcome.TOO_LARGE: 413,
     Outcome.KEY_REUSED: 422,
     Outcome.UNKNOWN_TYPE: 503,
+    Outcome.NOT_ADMITTED: 503,
     Outcome.IN_FLIGHT: 409,
     Outcome.WAITING: 409,
     Outcome.RELEASED: 503,
@@ -86,12 +88,14 @@ def _settings() -> Settings:
         settings = Settings.from_env()
         load_profile(settings)
         make_engine(settings).dispose()
+        EventTokens(settings)
     except SettingsError as error:
         raise SystemExit(f"topup: {error}") from None
     return settings
 
 
 settings: Final = _settings()
+event_tokens: Final = EventTokens(settings)
 telemetry.configure(settings.log_level)
 flask.current_app.wsgi_app = Door(  # type: ignore[method-assign]
     flask.current_app.wsgi_app,
@@ -126,7 +130,12 @@ def handle_topup(request: flask.Request) -> flask.Response:
     try:
         if request.method != "POST":
             return _probe(request.path)
+        # Before anything is parsed or written; the door has bounded what was read.
+        event_tokens.admit(request.headers.get("Authorization"))
         return _deliver(request)
+    except NotAdmitted:
+        # Counted and told where it was refused; an outsider learns nothing.
+        return flask.Response(status=STATUS[Outcome.NOT_ADMITTED])
     except LedgerUnavailable as error:
         telemetry.alert("ledger_unavailable", "", str(error))
         return _respond(Receipt(Outcome.LEDGER_UNAVAILABLE))

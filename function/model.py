@@ -280,6 +280,8 @@ class Outcome(Enum):
     TOO_LARGE = "too_large"
     KEY_REUSED = "key_reused"
     UNKNOWN_TYPE = "unknown_type"
+    #: No token or a bad one, where tokens are demanded: nothing was even read.
+    NOT_ADMITTED = "not_admitted"
     #: Another attempt holds a live claim of this key.
     IN_FLIGHT = "in_flight"
     #: Recorded behind another one of its subscriber whose own record comes again.

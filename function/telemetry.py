@@ -34,9 +34,11 @@ def log(action: str, **fields: object) -> None:
     _LOGGER.info(action, extra={k: v for k, v in fields.items() if v is not None})
 
 
-def alert(action: str, key: str, reason: str) -> None:
+def alert(action: str, key: str, reason: str, **fields: object) -> None:
     """Tell what a person must look at."""
-    _LOGGER.warning(action, extra={"alert": True, "key": key, "reason": reason})
+    _LOGGER.warning(
+        action, extra={"alert": True, "key": key, "reason": reason, **fields}
+    )
 
 
 def error(action: str, failure: BaseException, **fields: object) -> None:

@@ -32,6 +32,8 @@ PLACE_OF_LIBRARY: Final = {
     "requests_oauthlib": {"api_auth"},
     "oauthlib": {"api_auth"},
     "urllib3": {"recharge_api", "replay"},
+    # Who may post events: the tokens and the keys that sign them.
+    "jwt": {"event_tokens", "issuer_keys"},
     "flask": {"main"},
     "functions_framework": {"main"},
     "gunicorn": {"gunicorn.conf"},
@@ -153,6 +155,7 @@ def test_standard_library_and_dependencies_are_all_that_is_imported() -> None:
         "flask": "flask",
         "functions_framework": "functions-framework",
         "jsonschema_rs": "jsonschema-rs",
+        "jwt": "pyjwt",
         "phonenumbers": "phonenumberslite",
         "pythonjsonlogger": "python-json-logger",
         "requests_oauthlib": "requests-oauthlib",

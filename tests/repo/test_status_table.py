@@ -38,6 +38,7 @@ CONTRACT: Final = {
     Outcome.TOO_LARGE: 413,
     Outcome.KEY_REUSED: 422,
     Outcome.UNKNOWN_TYPE: 503,
+    Outcome.NOT_ADMITTED: 503,
     Outcome.IN_FLIGHT: 409,
     Outcome.WAITING: 409,
     Outcome.RELEASED: 503,
