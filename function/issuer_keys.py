@@ -34,8 +34,7 @@ ALGORITHMS: Final = ("RS256", "ES256", "ES384", "ES512")
 REFRESH_AFTER_S: Final = 300.0
 #: A token with an unknown key may cause a fetch so often, in seconds.
 REFETCH_PAUSE_S: Final = 10.0
-#: Hard end of a fetch, discovery included, and of the wait for one. Short against
-#: `delivery.timeout`.
+#: In seconds; short against `delivery.timeout`.
 FETCH_DEADLINE_S: Final = 5.0
 #: Largest document that is read; a key is less than 1 KiB.
 DOCUMENT_BYTES_MAX: Final = 64 * 1024
@@ -56,7 +55,8 @@ class IssuerKeys:
 
     Args:
         settings: the issuer, where its keys are, and how to reach them.
-        monotonic: the pod's clock, in seconds.
+        monotonic: the pod's clock, in seconds; a fetch's deadline has its own.
+        deadline_s: hard end of a fetch, discovery included, and of the wait for one.
 
     Raises:
         SettingsError: EVENTS_OIDC_CA_FILE has no certificates.
@@ -64,7 +64,11 @@ class IssuerKeys:
     """
 
     def __init__(
-        self, settings: Settings, monotonic: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        monotonic: Callable[[], float] = time.monotonic,
+        *,
+        deadline_s: float = FETCH_DEADLINE_S,
     ) -> None:
         self._issuer = settings.events_oidc_issuer or ""
         self._keys_url = settings.events_oidc_keys_url
@@ -73,6 +77,7 @@ class IssuerKeys:
         #: The host and port that the settings name: nobody else is given the token.
         self._origin = _origin(urlsplit(self._keys_url or self._issuer))
         self._monotonic = monotonic
+        self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._keys: dict[str, jwt.PyJWK] = {}
         self._failure = ""
@@ -92,7 +97,7 @@ class IssuerKeys:
         """The key of this name, or None if the issuer has none.
 
         A known key is returned at once, however old; an unknown one is waited for
-        when the issuer may be asked, for `FETCH_DEADLINE_S` at most.
+        when the issuer may be asked, until the deadline at most.
 
         Raises:
             KeysUnavailable: the key is not known, and the issuer can't be asked or did
@@ -106,7 +111,7 @@ class IssuerKeys:
                 self._begin()
         if key is not None:
             return key
-        if not self._is_idle.wait(FETCH_DEADLINE_S):
+        if not self._is_idle.wait(self._deadline_s):
             raise KeysUnavailable("no_answer_in_time")
         with self._lock:
             key = self._keys.get(key_id)
@@ -130,7 +135,7 @@ class IssuerKeys:
         keys: dict[str, jwt.PyJWK] | None = None
         failure = ""
         try:
-            keys = self._download(_Deadline(FETCH_DEADLINE_S))
+            keys = self._download(_Deadline(self._deadline_s))
         except KeysUnavailable as error:
             failure = str(error)
         # Whatever a socket, TLS, JSON and two libraries make of an odd answer; the text
