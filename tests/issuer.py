@@ -211,13 +211,13 @@ def answer_json(document: object) -> Answer:
     return answer_with(json.dumps(document).encode(), 200 if found else 404)
 
 
-def drip(prefix: bytes, piece: bytes) -> Answer:
+def drip(prefix: bytes, piece: bytes, *, pause_s: float = 0.05) -> Answer:
     """Send something for ever, faster than any timeout between two reads."""
 
     def answer(issuer: Issuer, handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(prefix)
         with suppress(OSError):
-            while not issuer.stopping.wait(0.05):
+            while not issuer.stopping.wait(pause_s):
                 handler.wfile.write(piece)
 
     return answer

@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-
 from jwt.warnings import InsecureKeyLengthWarning
 
 from function.config import Settings
@@ -173,6 +172,7 @@ REFUSED: Final[dict[str, tuple[str, Forge]]] = {
     "no audience": ("claim_missing", token_with(without="aud")),
     "no issuer": ("claim_missing", token_with(without="iss")),
     "no subject": ("claim_missing", token_with(without="sub")),
+    "unknown key": ("unknown_key", token_with(key_id="unknown", signed_by="first")),
     "no key id": ("unknown_key", token_with(key_id=None)),
     "other key's signature": (
         "algorithm",
@@ -487,6 +487,29 @@ def test_known_key_is_not_held_up_by_an_issuer_that_hangs(
     # It is answered while the fetch still runs.
     assert keys.find("first")
     assert fetching()
+    # An issuer that goes while TLS begins is another story.
+    wait_until(lambda: own_issuer.asked(DISCOVERY) == 2)
+
+
+def test_never_two_fetches_at_once(own_issuer: Issuer, clock: Clock) -> None:
+    keys = IssuerKeys(settings_of(own_issuer), clock, deadline_s=DEADLINE_S)
+    keys.find("first")
+    may_answer = threading.Event()
+
+    def wait(issuer: Issuer, handler: Any) -> None:
+        may_answer.wait(DEADLINE_S)
+        answer_json(issuer.document(DISCOVERY))(issuer, handler)
+
+    own_issuer.answers[DISCOVERY] = wait
+    clock.now += REFRESH_AFTER_S
+    keys.find("first")
+    wait_until(lambda: own_issuer.asked(DISCOVERY) == 2)
+    clock.now += REFRESH_AFTER_S
+    keys.find("first")
+    may_answer.set()
+
+    wait_until(lambda: not fetching())
+    assert own_issuer.asked(DISCOVERY) == 2
 
 
 ENDLESS: Final[dict[str, Answer]] = {
@@ -551,6 +574,15 @@ def test_answer_is_read_up_to_its_limit(own_issuer: Issuer, clock: Clock) -> Non
     own_issuer.answers[KEYS] = padded(DOCUMENT_BYTES_MAX)
     clock.now += REFETCH_PAUSE_S
     assert keys.find("first")
+
+
+def test_flood_is_not_read_on(own_issuer: Issuer, clock: Clock) -> None:
+    """Nor is the deadline waited for."""
+    own_issuer.answers[KEYS] = drip(
+        b"HTTP/1.1 200 OK\r\n\r\n", b" " * DOCUMENT_BYTES_MAX, pause_s=0
+    )
+
+    assert failure_of(keys_of(own_issuer, clock)) == "answer_too_large"
 
 
 @pytest.mark.parametrize(

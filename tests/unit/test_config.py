@@ -230,3 +230,72 @@ def test_every_setting_is_in_the_table_with_its_help() -> None:
 
     assert {name.lower() for name, _, _ in table} == set(Settings.__dataclass_fields__)
     assert all(help_.endswith(".") for _, _, help_ in table)
+
+
+OIDC: Final = {
+    "EVENTS_OIDC_AUDIENCE": "topup",
+    "EVENTS_OIDC_ISSUER": "https://kubernetes.default.svc.cluster.local",
+    "EVENTS_OIDC_SUBJECTS": "system:serviceaccount:shop:one",
+}
+
+
+def test_subjects_are_a_list() -> None:
+    found = settings(**OIDC | {"EVENTS_OIDC_SUBJECTS": " a:b:c:d ,, e:f:g:h,"})
+
+    assert found.events_oidc_subjects == ("a:b:c:d", "e:f:g:h")
+    assert settings().events_oidc_audience is None
+
+
+@pytest.mark.parametrize("name", sorted(OIDC))
+@pytest.mark.parametrize("nothing", ["", " , ,"])
+def test_half_of_who_may_post_is_refused_and_named(name: str, nothing: str) -> None:
+    """Silence would admit everybody."""
+    if nothing and name != "EVENTS_OIDC_SUBJECTS":
+        nothing = "  "
+
+    message = refusal(REQUIRED | OIDC | {name: nothing})
+
+    assert all(each in message for each in OIDC)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EVENTS_OIDC_KEYS_URL", "EVENTS_OIDC_CA_FILE", "EVENTS_OIDC_KEYS_TOKEN_FILE"],
+)
+def test_way_to_the_keys_without_an_audience_is_refused(
+    name: str, secret_file: str
+) -> None:
+    value = secret_file if name.endswith("FILE") else "https://keys"
+
+    assert "EVENTS_OIDC_AUDIENCE" in refusal(REQUIRED | {name: value})
+
+
+@pytest.mark.parametrize(
+    "wrong", ["kubernetes/serviceaccount", "file:///keys", "https://", "https://h:x"]
+)
+def test_address_of_the_issuer_or_its_keys_that_is_none_is_named(wrong: str) -> None:
+    message = refusal(REQUIRED | OIDC | {"EVENTS_OIDC_ISSUER": wrong})
+    assert message.startswith("EVENTS_OIDC_ISSUER must be an http")
+    assert "EVENTS_OIDC_KEYS_URL" in message
+
+    keys = {"EVENTS_OIDC_ISSUER": wrong, "EVENTS_OIDC_KEYS_URL": "https://keys"}
+    assert settings(**OIDC | keys).events_oidc_issuer == wrong
+    message = refusal(REQUIRED | OIDC | {"EVENTS_OIDC_KEYS_URL": wrong})
+    assert message == "EVENTS_OIDC_KEYS_URL must be an http:// or https:// address"
+
+
+def test_token_for_the_keys_is_not_sent_in_the_clear(secret_file: str) -> None:
+    token = {"EVENTS_OIDC_KEYS_TOKEN_FILE": secret_file}
+
+    assert settings(**OIDC, **token).events_oidc_keys_token_file == Path(secret_file)
+    plain = {"EVENTS_OIDC_KEYS_URL": "http://keys"}
+    message = refusal(REQUIRED | OIDC | token | plain)
+    assert message.startswith("EVENTS_OIDC_KEYS_URL must begin with https://")
+    assert "EVENTS_OIDC_KEYS_TOKEN_FILE" in message
+
+
+def test_pattern_of_subjects_is_refused() -> None:
+    """An EventPolicy has patterns; here one would admit nobody."""
+    pattern = {"EVENTS_OIDC_SUBJECTS": "system:serviceaccount:shop:*"}
+
+    assert "EVENTS_OIDC_SUBJECTS" in refusal(REQUIRED | OIDC | pattern)
