@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
+from tests.processes import free_port
+
 AUDIENCE: Final = "topup"
 SUBJECT: Final = (
     "system:serviceaccount:shop:orders-oidc-sources.knative.dev-kafkasource"
@@ -61,7 +63,8 @@ class Issuer:
         self.answers: dict[str, Answer] = {}
         self.stopping = threading.Event()
         self._server: ThreadingHTTPServer | None = None
-        self.port = 0
+        #: Nobody else is given it between a stop and a start.
+        self.port = free_port()
         self.add_key("first")
         self.start()
 
@@ -80,7 +83,6 @@ class Issuer:
         """Listen; again on the same port."""
         self.stopping.clear()
         self._server = _Server(self, self.port, self._tls)
-        self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=[0.02]).start()
 
     def stop(self) -> None:
