@@ -17,16 +17,17 @@ COPY requirements.lock build/wheels* ./
 RUN if ls ./*.whl >/dev/null 2>&1; then set -- --no-index --find-links=.; fi && \
     /opt/pip/bin/pip --python /opt/topup/bin/python install \
         --disable-pip-version-check --no-cache-dir --no-compile \
-        --only-binary=:all: --require-hashes "$@" --requirement requirements.lock
-COPY function /app/function
-# The package is not installed, only on PYTHONPATH: this is all its script would say.
-RUN printf '%s\n' '#!/opt/topup/bin/python' 'from function.cli import main' 'main()' \
+        --only-binary=:all: --require-hashes "$@" --requirement requirements.lock && \
+    # function/ is not installed, only on PYTHONPATH: this is all its script would say.
+    printf '%s\n' '#!/opt/topup/bin/python' 'from function.cli import main' 'main()' \
         >/opt/topup/bin/topup && \
     chmod 0755 /opt/topup/bin/topup && \
-    # Nobody can write it later; a start without it takes twice as long. Never compared
-    # with the source, whose dates a registry may change.
+    # Nobody can write bytecode later, and without it a start takes thrice as long. It is
+    # never compared with the sources, whose dates may change on their way.
     /opt/topup/bin/python -m compileall -q --invalidation-mode unchecked-hash \
-        /opt/topup/lib /app
+        /opt/topup/lib
+COPY function /app/function
+RUN /opt/topup/bin/python -m compileall -q --invalidation-mode unchecked-hash /app
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/topup /opt/topup

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo run test check bench lock certs clean
+.PHONY: help demo run test check bench lock certs image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -53,6 +53,9 @@ lock: $(VENV)/.dev ## Write the lock files anew, with hashes and without address
 
 certs: $(VENV)/.demo ## Make a CA and certificates for a laptop in build/certs
 	@$(BIN)/python certs/make_certs.py build/certs --force
+
+image: $(VENV)/.demo ## Build the container image; BASE=local: where no base image can be pulled; TAG=name:version
+	@$(BIN)/python -m demo.image --base '$(BASE)' --tag '$(TAG)'
 
 clean: ## Remove everything that was made
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

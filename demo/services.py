@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import click
 
@@ -21,6 +22,9 @@ from demo.kafka_broker import (
 )
 from demo.mariadb import find_mariadb, mariadb_from_environment
 from demo.server_process import ServiceMissing
+
+#: What the tests build the image with and run it, by programs that are their packages.
+_IMAGE_PROGRAMS: Final = ("podman", "runc", "mmdebstrap")
 
 
 def mariadb_status(env: Mapping[str, str]) -> str:
@@ -41,6 +45,29 @@ def kafka_status(env: Mapping[str, str]) -> str:
             f"it with Maven, {OR_NAME_A_BROKER}"
         )
     return f"{kafka_version()} in {libs}, with {java}"
+
+
+def require_image_programs() -> None:
+    """Do nothing where the image can be built and run; else ServiceMissing says why."""
+    missing = [name for name in _IMAGE_PROGRAMS if shutil.which(name) is None]
+    if missing:
+        raise ServiceMissing(
+            f"{', '.join(missing)} missing: `python -m demo.services install` installs "
+            "what builds and runs the image on Debian"
+        )
+
+
+def image_status(_env: Mapping[str, str]) -> str:
+    """What would build and run the image; ServiceMissing where a part is missing."""
+    require_image_programs()
+    return ", ".join(str(shutil.which(name)) for name in _IMAGE_PROGRAMS)
+
+
+_STATUSES: Final[Mapping[str, Callable[[Mapping[str, str]], str]]] = {
+    "MariaDB": mariadb_status,
+    "Kafka": kafka_status,
+    "Image": image_status,
+}
 
 
 @click.group()
@@ -77,7 +104,7 @@ def install() -> None:
 def _report(env: Mapping[str, str]) -> None:
     """One line a server; ends the program with 1 if CI is set and one is missing."""
     is_missing = False
-    for name, status in (("MariaDB", mariadb_status), ("Kafka", kafka_status)):
+    for name, status in _STATUSES.items():
         try:
             click.echo(f"{name}: {status(env)}")
         except ServiceMissing as missing:
@@ -97,6 +124,7 @@ def _missing_packages(env: Mapping[str, str]) -> list[str]:
             packages.append("default-jre-headless")
         if kafka_libs() is None and shutil.which("mvn") is None:
             packages.append("maven")
+    packages += [name for name in _IMAGE_PROGRAMS if shutil.which(name) is None]
     return packages
 
 

@@ -247,6 +247,16 @@ def test_the_check_is_a_failure_only_in_ci(
     assert "Kafka: Java 17 or newer is missing" in told.output
 
 
+def test_programs_that_build_and_run_the_image_are_told_when_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    told = CliRunner().invoke(services.main, ["check"])
+
+    assert "Image: podman, runc, mmdebstrap missing" in told.output
+
+
 def test_jars_without_the_marker_of_a_whole_fetch_are_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
