@@ -173,6 +173,8 @@ class MariaDbServer(Server, MariaDb):
                 installer,
                 "--no-defaults",
                 f"--datadir={self._data}",
+                # In a shared one, a server that starts removes another's tables.
+                f"--tmpdir={self.directory}",
                 f"--user={_os_user()}",
                 # One administrator, root@localhost, known by the socket alone; neither
                 # anonymous users nor a test database nor anybody over TCP.
