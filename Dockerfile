@@ -27,7 +27,9 @@ RUN if ls ./*.whl >/dev/null 2>&1; then set -- --no-index --find-links=.; fi && 
     /opt/topup/bin/python -m compileall -q --invalidation-mode unchecked-hash \
         /opt/topup/lib
 COPY function /app/function
-RUN /opt/topup/bin/python -m compileall -q --invalidation-mode unchecked-hash /app
+# Whatever the umask of the checkout: everybody reads, nobody but root writes.
+RUN chmod -R u=rwX,go=rX /app && \
+    /opt/topup/bin/python -m compileall -q --invalidation-mode unchecked-hash /app
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/topup /opt/topup
