@@ -30,6 +30,7 @@ INSTALLATIONS: Final[dict[str, tuple[str, ...]]] = {
         "manifests/overlays/laptop",
         "manifests/kafka-laptop",
         "manifests/laptop-services",
+        "manifests/first-order",
         *_EVERYWHERE,
     ),
     "production": (
