@@ -12,6 +12,7 @@ from function.api_profile import load_profile
 from function.config import Settings, settings_table
 from function.errors import SettingsError
 from tests.repo.manifest_reading import (
+    CLUSTER_WIDE,
     NAMESPACE,
     OIDC,
     QUEUE_PROXY_QUIET_S,
@@ -34,7 +35,7 @@ def check_namespace(documents: list[Document]) -> list[str]:
     problems = [
         f"{address(each)} is in {field(each, 'metadata.namespace')}"
         for each in documents
-        if each["kind"] != "Namespace"
+        if each["kind"] not in CLUSTER_WIDE
         and field(each, "metadata.namespace") != NAMESPACE
     ]
     names = sorted(address(each) for each in documents)
@@ -51,6 +52,27 @@ def check_references(documents: list[Document]) -> list[str]:
                 problems.append(f"{address(document)}: there is no {name}")
             elif key and key not in there[name]:
                 problems.append(f"{address(document)}: {name} has no key {key}")
+    return problems
+
+
+def check_kept(documents: list[Document]) -> list[str]:
+    """What must never be deleted by mistake is named by a policy that is in force."""
+    policy = find(documents, "ValidatingAdmissionPolicy/topup-keep")
+    binding = find(documents, "ValidatingAdmissionPolicyBinding/topup-keep")
+    kept = {
+        (resource, name)
+        for rule in field(policy, "spec.matchConstraints.resourceRules", [])
+        if "DELETE" in rule["operations"]
+        for resource in rule["resources"]
+        for name in rule["resourceNames"]
+    }
+    problems = []
+    if kept != {("kafkasources", "topup-source"), ("namespaces", NAMESPACE)}:
+        problems.append("the source or the namespace may be deleted")
+    if field(binding, "spec.policyName") != "topup-keep":
+        problems.append("the policy is bound to nothing")
+    if field(binding, "spec.validationActions") != ["Deny"]:
+        problems.append("the policy only talks")
     return problems
 
 

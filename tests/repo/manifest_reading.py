@@ -23,6 +23,12 @@ MADE_ELSEWHERE: Final = {
     "ConfigMap/kube-root-ca.crt": {"ca.crt"},
     "ConfigMap/topup-sandbox": {"recharge_api.py"},
 }
+#: What is in no namespace.
+CLUSTER_WIDE: Final = {
+    "Namespace",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+}
 #: Settings of who may post events.
 OIDC: Final = {
     f"EVENTS_OIDC_{name}"

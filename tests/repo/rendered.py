@@ -23,7 +23,7 @@ FOLDERS: Final = sorted(
     for path in (ROOT / folder).rglob("kustomization.yaml")
     if "kind: Component" not in path.read_text("utf-8")
 )
-_EVERYWHERE: Final = ("manifests/secrets.example", "certs")
+_EVERYWHERE: Final = ("manifests/secrets.example", "manifests/keep", "certs")
 #: What the README applies together.
 INSTALLATIONS: Final[dict[str, tuple[str, ...]]] = {
     "laptop": (

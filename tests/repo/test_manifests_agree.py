@@ -4,6 +4,7 @@ Whatever is applied together is checked together, as kubectl renders it. A check
 can't fail would be worth nothing, so each is shown a copy with one thing broken.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,8 @@ import yaml
 from click.testing import CliRunner
 
 from function.cli import main
+from function.config import Settings
+from function.events import read_topup
 from tests.repo import (
     manifest_kafka_checks,
     manifest_network_checks,
@@ -116,3 +119,69 @@ def test_probes_are_answered_by_the_function() -> None:
 def test_base_is_not_applied_by_itself() -> None:
     # Where the recharge API is, the overlay says.
     assert CHECKS["environment"](render("manifests/base")) != []
+
+
+GUIDES: Final = [ROOT / name / "README.md" for name in ("manifests", "keda", "certs")]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
+def test_guide_applies_folders_and_files_that_are_there(guide: Path) -> None:
+    text = guide.read_text("utf-8")
+    folders = set(re.findall(r"kubectl apply -k ([\w./-]+)", text))
+
+    assert folders
+    assert folders <= set(FOLDERS)
+    for file in re.findall(r"kubectl apply -f ([\w./-]+)", text):
+        assert (ROOT / file).is_file()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (guide.parent / target).exists(), target
+
+
+def test_guide_makes_every_secret_with_its_keys() -> None:
+    """The commands of the README make what the examples say, and nothing else."""
+    text = GUIDES[0].read_text("utf-8").replace("\\\n", " ")
+    made: dict[str, set[str]] = {}
+    for name, options in re.findall(
+        r'^ *secret "?([\w$-]+)"? (.+)$', text, re.MULTILINE
+    ):
+        keys = set(re.findall(r"--from-(?:literal|file)=([\w.]+)=", options))
+        for role in ("migrate", "function", "resolver", "purge"):
+            made.setdefault(name.replace("$role", role), keys)
+
+    assert made == {
+        each["metadata"]["name"]: set(each["stringData"])
+        for each in render("manifests/secrets.example")
+    }
+
+
+def test_code_of_the_sandbox_is_all_that_it_imports() -> None:
+    """It runs from a ConfigMap: what it imports must be in it."""
+    text = GUIDES[0].read_text("utf-8")
+    given = set(re.findall(r"--from-file=(demo/\w+\.py)", text))
+    needed = {"demo/__init__.py", "demo/recharge_api.py"}
+    for name in given:
+        needed |= {
+            f"demo/{module}.py"
+            for module in re.findall(
+                r"^from demo\.(\w+) import", (ROOT / name).read_text(), re.MULTILINE
+            )
+        }
+
+    assert given == needed
+
+
+def test_first_order_is_an_order() -> None:
+    document = find(installation("laptop"), "ConfigMap/topup-first-order")
+    assert document is not None
+    key, _, value = document["data"]["orders.txt"].strip().partition("|")
+    headers = {
+        "ce-specversion": "1.0",
+        "ce-id": "partition:0/offset:0",
+        "ce-source": "/apis/v1/namespaces/topup/kafkasources/topup-source#requests",
+        "ce-type": "dev.knative.kafka.event",
+        "ce-key": key,
+    }
+
+    order = read_topup(headers, value.encode(), Settings.event_type)
+
+    assert order.msisdn == key
