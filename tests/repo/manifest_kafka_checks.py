@@ -292,6 +292,9 @@ def check_lag_scaling(documents: list[Document]) -> list[str]:
             problems.append("scales to 0")
         if metadata.get("offsetResetPolicy") != reset:
             problems.append("offsetResetPolicy is not the source's initialOffset")
+        # 60 a second, the worked example of keda/README.md, committed every 5 s.
+        if float(metadata.get("lagThreshold", "10")) < 2 * 60 * 5:
+            problems.append("lagThreshold is near what is done but not committed")
         if metadata.get("allowIdleConsumers") == "true":
             problems.append("allowIdleConsumers lifts the cap at the partitions")
         is_slow = (

@@ -5,6 +5,7 @@ can't fail would be worth nothing, so each is shown a copy with one thing broken
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +28,7 @@ from tests.repo.rendered import (
     INSTALLATIONS,
     ROOT,
     Document,
+    field,
     find,
     installation,
     put,
@@ -107,6 +109,39 @@ def test_every_command_exists(name: str) -> None:
         assert program == "topup", workload
         assert said.exit_code == 0, said.output
         assert [option for option in options if option not in said.output] == []
+
+
+def test_deployment_runs_the_function_as_knative_does() -> None:
+    """Written twice, because the two kinds have no fields in common; never twice told."""
+    knative, deployment = (
+        next(box for name, _, box in ours(installation(kind)) if wanted == name)
+        for kind, wanted in (
+            ("production", "KnativeService/topup-function"),
+            ("deployment", "Deployment/topup-function"),
+        )
+    )
+
+    for part in ("image", "env", "envFrom", "resources", "volumeMounts"):
+        assert knative[part] == deployment[part]
+
+
+def test_components_combine_without_serving(tmp_path: Path) -> None:
+    """Tokens and certificates for the Deployment as well: one overlay names both."""
+    copy = tmp_path / "manifests"
+    shutil.copytree(ROOT / "manifests", copy)
+    overlay = copy / "overlays" / "both"
+    overlay.mkdir()
+    (overlay / "kustomization.yaml").write_text(
+        "resources: [../deployment]\n"
+        "components: [../../components/oidc, ../../components/mtls]\n"
+    )
+    documents = render(str(overlay))
+
+    assert CHECKS["tokens"](documents) == []
+    assert CHECKS["token_files"](documents) == []
+    source = find(documents, "KafkaSource/topup-source")
+    assert field(source, "spec.net.sasl") is None
+    assert field(source, "spec.sink.audience") == "topup-function"
 
 
 def test_probes_are_answered_by_the_function() -> None:

@@ -76,7 +76,7 @@ def custom_schemas() -> dict[tuple[str, str], Any]:
     """(apiVersion, kind) -> schema, of all that upstream serves."""
     found: dict[tuple[str, str], Any] = {}
     for path in sorted(SCHEMAS.glob("*.yaml")):
-        for document in yaml.safe_load_all(path.read_text("utf-8")):
+        for document in yaml.load_all(path.read_text("utf-8"), yaml.CSafeLoader):
             if not document or document["kind"] != "CustomResourceDefinition":
                 continue
             spec = document["spec"]
