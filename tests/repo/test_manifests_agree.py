@@ -6,6 +6,7 @@ can't fail would be worth nothing, so each is shown a copy with one thing broken
 
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -112,7 +113,7 @@ def test_every_command_exists(name: str) -> None:
 
 
 def test_deployment_runs_the_function_as_knative_does() -> None:
-    """Written twice, because the two kinds have no fields in common; never twice told."""
+    """Written twice, because Knative has a kind of its own; the same nevertheless."""
     knative, deployment = (
         next(box for name, _, box in ours(installation(kind)) if wanted == name)
         for kind, wanted in (
@@ -170,6 +171,18 @@ def test_guide_applies_folders_and_files_that_are_there(guide: Path) -> None:
         assert (ROOT / file).is_file()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (guide.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
+def test_commands_of_a_guide_can_be_read_by_a_shell(guide: Path) -> None:
+    text = guide.read_text("utf-8")
+    for script in re.findall(
+        r"^ *```bash\n(.+?)^ *```", text, re.MULTILINE | re.DOTALL
+    ):
+        done = subprocess.run(
+            ["bash", "-n"], input=script, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{script}\n{done.stderr}"
 
 
 def test_guide_makes_every_secret_with_its_keys() -> None:
