@@ -14,7 +14,6 @@ from function.errors import SettingsError
 from tests.repo.manifest_reading import (
     CLUSTER_WIDE,
     NAMESPACE,
-    OIDC,
     QUEUE_PROXY_QUIET_S,
     SETTINGS,
     SOURCE,
@@ -161,7 +160,7 @@ def check_deadlines(documents: list[Document]) -> list[str]:
 
 def check_settings_exist(documents: list[Document]) -> list[str]:
     """Each variable that our containers are given is a setting."""
-    known = {name for name, _, _ in settings_table()} | OIDC
+    known = {name for name, _, _ in settings_table()}
     given = set(data_of(find(documents, SETTINGS)))
     for _, _, container in ours(documents):
         given |= {each["name"] for each in container.get("env", [])}

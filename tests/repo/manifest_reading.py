@@ -29,18 +29,6 @@ CLUSTER_WIDE: Final = {
     "ValidatingAdmissionPolicy",
     "ValidatingAdmissionPolicyBinding",
 }
-#: Settings of who may post events.
-OIDC: Final = {
-    f"EVENTS_OIDC_{name}"
-    for name in (
-        "AUDIENCE",
-        "ISSUER",
-        "SUBJECTS",
-        "KEYS_URL",
-        "KEYS_TOKEN_FILE",
-        "CA_FILE",
-    )
-}
 _OURS: Final = re.compile(r"(^|/)topup-function[:@]")
 _DURATION: Final = re.compile(r"PT([0-9.]+)S")
 
