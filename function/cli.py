@@ -3,7 +3,8 @@
 Owns the words of the command line; must never change an order by a way of its own.
 
 Exit status: 0 done, 1 refused or failed (one line `topup: …` on standard error),
-2 used wrongly. `reconcile` has its own: 0 matched, 1 differences, 2 not compared.
+2 used wrongly. `reconcile` has its own: 0 matched, 1 differences, 2 not compared; and
+`doctor`: 0 nothing is wrong, 1 an error, 2 nothing to look at, 3 not all is known.
 """
 
 import json
@@ -25,6 +26,8 @@ from sqlalchemy import Engine
 from function import telemetry
 from function.config import Settings
 from function.database import make_engine
+from function.doctor_cli import doctor, plan
+from function.durations import UNIT_S, age_s
 from function.errors import LedgerUnavailable, TopupError
 from function.grants import script
 from function.migrate import migrate as run_migrations
@@ -56,8 +59,6 @@ _HINTS: Final = {
     "2003": "the database can't be reached",
 }
 _SUBSCRIBER: Final = re.compile(r"\+[1-9][0-9]{3,14}|~[A-Z2-7]{15}")
-_AGE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
-_UNIT_S: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class _Commands(click.Group):
@@ -87,10 +88,10 @@ class _Age(click.ParamType[float]):
         """The seconds of an age."""
         if isinstance(value, int | float):
             return float(value)
-        parts = _AGE.fullmatch(str(value))
-        if parts is None:
+        seconds = age_s(str(value))
+        if seconds is None:
             self.fail(f"{value!r} is no age: say 90s, 15m, 36h or 44d", param, ctx)
-        return float(parts[1]) * _UNIT_S[parts[2]]
+        return seconds
 
 
 class _Subscriber(click.ParamType[str]):
@@ -118,6 +119,10 @@ _reason = click.option("--reason", required=True, help="Why; it stays in the led
 @click.version_option(package_name="topup-function")
 def main() -> None:
     """Operate the top-up function."""
+
+
+main.add_command(doctor)
+main.add_command(plan)
 
 
 @main.command()
@@ -763,8 +768,8 @@ def _shown(row: OrderRow, *, unmasked: bool) -> dict[str, object]:
 
 def _age(seconds: float) -> str:
     for unit in ("d", "h", "m"):
-        if seconds >= 2 * _UNIT_S[unit]:
-            return f"{seconds / _UNIT_S[unit]:.0f}{unit}"
+        if seconds >= 2 * UNIT_S[unit]:
+            return f"{seconds / UNIT_S[unit]:.0f}{unit}"
     return f"{max(seconds, 0):.0f}s"
 
 

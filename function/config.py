@@ -410,6 +410,11 @@ def _number(kind: type[int] | type[float], raw: str, what: str) -> int | float:
     raise ValueError(f"must be {what}")
 
 
+def environment() -> dict[str, str]:
+    """The variables that this process was given."""
+    return dict(os.environ)
+
+
 def settings_table() -> list[tuple[str, str, str]]:
     """Name, default and help of every setting, as the README shows them."""
     return [

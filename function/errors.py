@@ -13,6 +13,7 @@ Owns the error classes; imports nothing.
     │   ├── ClaimUncertain     perhaps committed: never send, disown the token, 503
     │   └── IllegalTransition  a bug: the ledger refuses a move that model forbids
     ├── MigrationError         the schema can't be brought up to date
+    ├── DocumentsUnreadable    `topup doctor` has nothing to look at
     └── OperationRefused       what a person or a job asked is wrong now
 
 A recharge that fails is no exception: it is an `Answer` with a class.
@@ -80,3 +81,7 @@ class MigrationError(TopupError):
 
 class OperationRefused(TopupError):
     """The ledger is as it was: what was asked is wrong now; the message says why."""
+
+
+class DocumentsUnreadable(TopupError):
+    """The manifests, or the package that reads a cluster, are not there; says which."""
