@@ -4,12 +4,16 @@ Owns the talking to the Kubernetes API; must never change anything there, keep a
 secret's value, or let a refusal become an exception: what can't be read is told.
 """
 
+import binascii
 import json
 import sys
+from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from urllib3.exceptions import HTTPError
 
 from function import documents as kinds
 from function.diagnosis import Diagnosis, unknown
@@ -34,6 +38,7 @@ _RESOURCES: Final = (
     ("apps/v1", "deployments", kinds.DEPLOYMENT),
     ("autoscaling/v2", "horizontalpodautoscalers", kinds.AUTOSCALER),
     ("batch/v1", "cronjobs", kinds.CRON_JOB),
+    ("batch/v1", "jobs", kinds.JOB),
     ("v1", "services", kinds.SERVICE),
 )
 #: These are read by name: listing all secrets is a right that a doctor needn't have.
@@ -131,11 +136,9 @@ def _without_values(document: Document) -> Document:
 
 
 def _decoded(value: object) -> str:
-    from base64 import b64decode  # noqa: PLC0415
-
     try:
         return b64decode(str(value or "")).decode("utf-8", errors="replace")
-    except ValueError:
+    except binascii.Error:
         return str(value)
 
 
@@ -325,7 +328,7 @@ class _Reader:
 
     def _ask(self, path: str) -> Document | None:
         """What a path answers; None if there is nothing."""
-        from urllib3.exceptions import HTTPError  # noqa: PLC0415
+        from kubernetes.client import ApiException  # noqa: PLC0415
 
         # The client's own serialisation adds the address and the credentials.
         method, url, headers, body, post = self._client.param_serialize(
@@ -339,7 +342,7 @@ class _Reader:
                 method, url, headers, body, post, _request_timeout=_TIMEOUT_S
             )
             text = answer.read()
-        except (HTTPError, OSError) as error:
+        except (ApiException, HTTPError, OSError) as error:
             raise _Unreachable(
                 f"{_host(url)} does not answer ({_reason(error)})",
                 "check the address, its certificate and the network; is this the "
@@ -388,4 +391,6 @@ def _reason(error: BaseException) -> str:
     cause = getattr(error, "reason", None)
     while isinstance(cause, BaseException):
         error, cause = cause, getattr(cause, "reason", None)
-    return type(error).__name__
+    # The client's own error names the class of an error of TLS in its text.
+    named = str(cause).partition("\n")[0] if cause else ""
+    return named if named.isidentifier() else type(error).__name__

@@ -32,6 +32,8 @@ _SHARED: Final = (
         if name.startswith("RECHARGE_API_") and not name.endswith("_FILE")
     ),
 )
+#: Files that come with the image, such as the system's CA bundle.
+_OF_THE_IMAGE: Final = ("/etc/ssl/", "/usr/", "/app/")
 _VISIBILITY: Final = "networking.knative.dev/visibility"
 _SCALE: Final = "autoscaling.knative.dev/"
 
@@ -66,7 +68,7 @@ def check_pods(parts: Parts) -> Iterator[Diagnosis]:
         yield from _missing(parts, kinds.RESOLVER_NAME, kinds.DEPLOYMENT)
     for pod in parts.pods:
         yield from _settings(parts, pod)
-        yield from _files(parts, pod)
+        yield from _not_mounted(parts, pod)
     if parts.function is not None:
         yield from _function(parts, parts.function)
     if parts.resolver is not None:
@@ -111,81 +113,95 @@ def _unresolved(parts: Parts, pod: Document) -> list[Reference]:
     """The ConfigMaps that the pod's variables come from and that we don't have."""
     return [
         each
-        for each in kinds.references_of_pod(pod)
+        for each in kinds.references_of_environment(pod)
         if each.kind == kinds.CONFIG_MAP
         and parts.documents.find(each.kind, each.name) is None
     ]
 
 
-def _files(parts: Parts, pod: Document) -> Iterator[Diagnosis]:
-    """Every setting that names a file names one that is mounted."""
-    env = kinds.environment(parts.documents, pod)
+def _files(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Setting and path of each file that a pod is told of."""
     for name, hint in get_type_hints(Settings).items():
         path = env.get(name.upper(), "")
-        if hint != Path | None or not path.startswith("/"):
-            continue
-        reference = kinds.mounted(pod, path)
-        if reference is None:
-            # The image has files of its own, such as the system's CA bundle.
-            if not path.startswith(("/etc/ssl/", "/usr/", "/app/")):
-                yield error(
-                    subject_of(pod),
-                    f"{name.upper()} is {path}, where nothing is mounted",
-                    "mount the Secret there, or correct the path",
-                )
-            continue
-        yield from _key(parts, reference)
+        if hint == Path | None and path.startswith("/"):
+            yield name.upper(), path
+
+
+def _not_mounted(parts: Parts, pod: Document) -> Iterator[Diagnosis]:
+    """Every setting that names a file names one that is mounted, or the image's own."""
+    for name, path in _files(kinds.environment(parts.documents, pod)):
+        if kinds.mounted(pod, path) is None and not path.startswith(_OF_THE_IMAGE):
+            yield error(
+                subject_of(pod),
+                f"{name} is {path}, where nothing is mounted",
+                "mount the Secret there, or correct the path",
+            )
+
+
+def _references(parts: Parts) -> Iterator[Reference]:
+    yield from kinds.references(parts)
+    for pod in parts.pods:
+        for _, path in _files(kinds.environment(parts.documents, pod)):
+            reference = kinds.mounted(pod, path)
+            if reference is not None:
+                yield reference
 
 
 def _secrets(parts: Parts) -> Iterator[Diagnosis]:
     """Every reference leads to an object that has the key, with something in it."""
-    found: dict[tuple[str, str, str | None], Reference] = {}
-    for each in kinds.references(parts):
-        found.setdefault((each.kind, each.name, each.key), each)
-    problems = [told for each in found.values() for told in _key(parts, each)]
+    needed: dict[tuple[str, str], list[Reference]] = {}
+    for each in _references(parts):
+        needed.setdefault((each.kind, each.name), []).append(each)
+    problems: list[Diagnosis] = []
+    for (kind, name), references in needed.items():
+        found = parts.documents.find(kind, name)
+        if found is None:
+            problems += _absent(parts, references)
+        else:
+            problems += _keys(parts, found, references)
     yield from problems
-    if found and not problems and parts.documents.is_live:
+    if needed and not problems:
         yield ok(
-            "Secrets and ConfigMaps", f"all {len(found)} that are referred to are there"
+            "Secrets and ConfigMaps",
+            f"all {len(needed)} that are referred to are there",
         )
 
 
-def _key(parts: Parts, reference: Reference) -> Iterator[Diagnosis]:
-    documents = parts.documents
-    subject = f"{reference.kind}/{reference.name}"
-    found = documents.find(reference.kind, reference.name)
-    if found is None:
-        if not documents.is_live:
-            yield skipped(
-                subject,
-                f"is not among the documents; {reference.needed_by} needs "
-                f"{reference.key or 'it'}",
-            )
-        elif documents.is_readable(reference.kind, reference.name):
+def _absent(parts: Parts, references: Sequence[Reference]) -> Iterator[Diagnosis]:
+    first = references[0]
+    subject = f"{first.kind}/{first.name}"
+    keys = sorted({each.key for each in references if each.key is not None})
+    needs = f"{first.needed_by} needs {', '.join(keys) or 'it'}"
+    if not parts.documents.is_live:
+        yield skipped(subject, f"is not among the documents; {needs}")
+    elif parts.documents.is_readable(first.kind, first.name):
+        yield error(
+            subject,
+            f"does not exist; {needs}",
+            "create it, with every key that is referred to",
+        )
+
+
+def _keys(
+    parts: Parts, found: Document, references: Sequence[Reference]
+) -> Iterator[Diagnosis]:
+    subject = subject_of(found)
+    data = kinds.data_of(found)
+    # An example without values is what a repository must have.
+    may_be_empty = not parts.documents.is_live or found.get("kind") == kinds.CONFIG_MAP
+    for key, needed_by in {each.key: each.needed_by for each in references}.items():
+        if key is None:
+            continue
+        if key not in data:
             yield error(
                 subject,
-                f"does not exist; {reference.needed_by} needs it",
-                "create it, with every key that is referred to",
+                f"has no key {key}; {needed_by} needs it",
+                f"add it; it has {', '.join(sorted(data)) or 'none'}",
             )
-        return
-    if reference.key is None:
-        return
-    data = kinds.data_of(found)
-    if reference.key not in data:
-        yield error(
-            subject,
-            f"has no key {reference.key}; {reference.needed_by} needs it",
-            f"add it; it has {', '.join(sorted(data)) or 'none'}",
-        )
-    elif (
-        # An example without values is what a repository must have.
-        documents.is_live and reference.kind == kinds.SECRET and not data[reference.key]
-    ):
-        yield error(
-            subject,
-            f"its key {reference.key} is empty; {reference.needed_by} needs it",
-            "fill it",
-        )
+        elif not data[key] and not may_be_empty:
+            yield error(
+                subject, f"its key {key} is empty; {needed_by} needs it", "fill it"
+            )
 
 
 # -- The function -------------------------------------------------------------------
@@ -268,22 +284,18 @@ def _deadlines(
     if not problems:
         links = (f"{name} ({value:g})" for name, value in chain if value is not None)
         yield ok(subject, " < ".join(links))
-    yield from _told_otherwise(
-        subject,
-        [
-            ("EVENT_DELIVERY_TIMEOUT_S", settings.event_delivery_timeout_s, delivery_s),
-            (
-                "SERVER_REQUEST_TIMEOUT_S",
-                settings.server_request_timeout_s,
-                request_s if is_knative else None,
-            ),
-            (
-                "SERVER_TERMINATION_GRACE_S",
-                settings.server_termination_grace_s,
-                None if is_knative else grace_s,
-            ),
-        ],
-    )
+    told_s, name = settings.event_delivery_timeout_s, "EVENT_DELIVERY_TIMEOUT_S"
+    if delivery_s is not None and delivery_s != told_s:
+        yield _told_otherwise(subject, name, told_s, delivery_s)
+    # These are upper ends: more than is told does no harm.
+    if is_knative:
+        told_s, name = settings.server_request_timeout_s, "SERVER_REQUEST_TIMEOUT_S"
+        real_s = request_s
+    else:
+        told_s, name = settings.server_termination_grace_s, "SERVER_TERMINATION_GRACE_S"
+        real_s = grace_s
+    if real_s < told_s:
+        yield _told_otherwise(subject, name, told_s, real_s)
     if delivery is not None and delivery_s is not None:
         yield from _given_up(subject, settings, delivery.longest_pause_s + delivery_s)
 
@@ -302,17 +314,13 @@ def _in_order(
             )
 
 
-def _told_otherwise(
-    subject: str, pairs: list[tuple[str, float, float | None]]
-) -> Iterator[Diagnosis]:
-    for name, told_s, real_s in pairs:
-        if real_s is not None and told_s != real_s:
-            yield warning(
-                subject,
-                f"{name} says {told_s:g}, but the object says {real_s:g}: the check "
-                "at the pod's start compares with a number that isn't so",
-                f"set {name}: {real_s:g}",
-            )
+def _told_otherwise(subject: str, name: str, told_s: float, real_s: float) -> Diagnosis:
+    return warning(
+        subject,
+        f"{name} says {told_s:g}, but the object says {real_s:g}: the check at the "
+        "pod's start compares with a number that isn't so",
+        f"set {name}: {real_s:g}",
+    )
 
 
 def _given_up(

@@ -75,7 +75,7 @@ def _triggers(scaled: Document) -> list[Document]:
     return [
         each
         for each in items(at(scaled, "spec", "triggers"))
-        if each.get("type") in {"kafka", "apache-kafka"}
+        if each.get("type") in ("kafka", "apache-kafka")
     ]
 
 
@@ -263,9 +263,9 @@ def _trigger(parts: Parts, subject: str, trigger: Document) -> Iterator[Diagnosi
         )
     if spec is None:
         return
-    topics = at(spec, "topics")
+    topic = next(iter(kinds.topics_of(parts.source)), None)
     pairs = (
-        ("topic", at(told, "topic"), topics[0] if isinstance(topics, list) else None),
+        ("topic", at(told, "topic"), topic),
         ("consumerGroup", at(told, "consumerGroup"), at(spec, "consumerGroup")),
     )
     wrong = [(name, here, there) for name, here, there in pairs if here != there]
@@ -277,9 +277,8 @@ def _trigger(parts: Parts, subject: str, trigger: Document) -> Iterator[Diagnosi
         )
     if not wrong:
         yield ok(subject, "watches the source's topic and group")
-    servers = at(spec, "bootstrapServers")
-    theirs = servers if isinstance(servers, list) else []
-    if set(str(at(told, "bootstrapServers") or "").split(",")) != set(map(str, theirs)):
+    theirs = set(kinds.texts(at(spec, "bootstrapServers")))
+    if set(str(at(told, "bootstrapServers") or "").split(",")) != theirs:
         yield warning(
             subject,
             "its bootstrapServers are not the source's",
@@ -352,7 +351,8 @@ def _authentication(
         return
     given = {
         str(each.get("parameter"))
-        for each in items(at(found, "spec", "secretTargetRef"))
+        for part in ("secretTargetRef", "configMapTargetRef", "env")
+        for each in items(at(found, "spec", part))
     }
     yield from _credentials(subject, found, told, given)
 
@@ -371,7 +371,7 @@ def _credentials(
                 "has neither SASL nor a client certificate",
                 "set sasl: scram_sha512, or give cert and key",
             )
-    elif mechanism is not None and mechanism not in _MECHANISMS:
+    elif mechanism is not None and str(mechanism) not in _MECHANISMS:
         yield error(
             subject,
             f"sasl is {mechanism}: KEDA spells the mechanism in its own way",

@@ -122,7 +122,7 @@ def is_ready(parts: Parts, document: Document) -> Iterator[Diagnosis]:
 def _order(source: Document) -> Iterator[Diagnosis]:
     subject = subject_of(source)
     spec = at(source, "spec")
-    if at(spec, "ordering") not in {None, "ordered"}:
+    if at(spec, "ordering") not in (None, "ordered"):
         yield error(
             subject,
             f"ordering is {at(spec, 'ordering')}: a subscriber's orders overtake "
@@ -146,7 +146,7 @@ def _order(source: Document) -> Iterator[Diagnosis]:
             "set consumerGroup, which can't be changed later",
         )
     keys = at(source, "metadata", "labels", "kafkasources.sources.knative.dev/key-type")
-    if keys not in {None, "string"}:
+    if keys not in (None, "string"):
         yield error(
             subject,
             f"reads keys as {keys}: a number in E.164 is a string",
@@ -252,7 +252,7 @@ def _dead_letters(parts: Parts, source: Document) -> Iterator[Diagnosis]:
         )
     elif parts.dead_letter_sink is not None:
         yield from is_ready(parts, parts.dead_letter_sink)
-        if at(parts.dead_letter_sink, "spec", "topic") in _topics(source):
+        if at(parts.dead_letter_sink, "spec", "topic") in kinds.topics_of(source):
             yield error(
                 subject_of(parts.dead_letter_sink),
                 "writes dead letters into the topic of orders: they go in circles",
@@ -271,14 +271,9 @@ def _dead_letters(parts: Parts, source: Document) -> Iterator[Diagnosis]:
             )
 
 
-def _topics(source: Document) -> list[str]:
-    found = at(source, "spec", "topics")
-    return [str(each) for each in found] if isinstance(found, list) else []
-
-
 def _topic(source: Document) -> Iterator[Diagnosis]:
     subject = subject_of(source)
-    topics = _topics(source)
+    topics = kinds.topics_of(source)
     if len(topics) != 1:
         yield error(
             subject,

@@ -51,8 +51,7 @@ def check_topics(parts: Parts, settings: Settings | None) -> Iterator[Diagnosis]
 
 def _not_declared(parts: Parts) -> Iterator[Diagnosis]:
     documents = parts.documents
-    topics = at(parts.source, "spec", "topics")
-    subject = f"topic {topics[0] if isinstance(topics, list) and topics else '?'}"
+    subject = f"topic {next(iter(kinds.topics_of(parts.source)), '?')}"
     message = "no KafkaTopic declares it: its retention was not compared"
     if not documents.is_live:
         yield skipped(subject, message)
@@ -159,8 +158,7 @@ def _purges(parts: Parts, settings: Settings) -> Iterator[Diagnosis]:
 
 
 def _words(container: Document) -> list[str]:
-    parts = [container.get(name) for name in ("command", "args")]
-    return [str(word) for part in parts if isinstance(part, list) for word in part]
+    return kinds.texts(container.get("command")) + kinds.texts(container.get("args"))
 
 
 def _option(words: list[str], name: str) -> str | None:

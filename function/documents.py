@@ -6,6 +6,7 @@ and secrets. Must never do I/O, hold a secret's value, or judge what it finds.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Final
 
 Document = Mapping[str, Any]
@@ -20,6 +21,7 @@ KAFKA_TOPIC: Final = "KafkaTopic.kafka.strimzi.io"
 DEPLOYMENT: Final = "Deployment.apps"
 AUTOSCALER: Final = "HorizontalPodAutoscaler.autoscaling"
 CRON_JOB: Final = "CronJob.batch"
+JOB: Final = "Job.batch"
 SERVICE: Final = "Service"
 CONFIG_MAP: Final = "ConfigMap"
 SECRET: Final = "Secret"  # noqa: S105
@@ -76,13 +78,19 @@ def items(value: object) -> list[Document]:
 
 
 def number(value: object) -> float | None:
-    """A number, also one that is written as text; None if it is none."""
+    """A finite number, also one that is written as text; None if it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
-        return float(value)
+        found = float(value)
     except (ValueError, OverflowError):
         return None
+    return found if isfinite(found) else None
+
+
+def texts(value: object) -> list[str]:
+    """The elements of a list as text; nothing where there is no list."""
+    return [str(each) for each in value] if isinstance(value, list) else []
 
 
 def annotation(document: Document, name: str) -> str:
@@ -149,7 +157,7 @@ class Parts:
         if self.topic is None:
             return self.partitions_given
         found = number(at(self.topic, "spec", "partitions"))
-        return None if found is None else int(found)
+        return int(found) if found is not None else None
 
     @property
     def pods(self) -> list[Document]:
@@ -162,20 +170,23 @@ def parts_of(documents: Documents, partitions: int | None = None) -> Parts:
     source = _by_name_or_alone(documents, KAFKA_SOURCE, SOURCE_NAME)
     sink = _referred(documents, at(source, "spec", "delivery", "deadLetterSink", "ref"))
     is_kafka_sink = sink is not None and kind_of(sink) == KAFKA_SINK
-    names = at(source, "spec", "topics")
-    topic = names[0] if isinstance(names, list) and names else None
     return Parts(
         documents=documents,
         source=source,
         function=_function(documents, source),
         resolver=documents.find(DEPLOYMENT, RESOLVER_NAME),
         dead_letter_sink=sink if is_kafka_sink else None,
-        topic=topic_named(documents, topic),
+        topic=topic_named(documents, next(iter(topics_of(source)), None)),
         dead_letter_topic=topic_named(
             documents, at(sink, "spec", "topic") if is_kafka_sink else None
         ),
         partitions_given=partitions,
     )
+
+
+def topics_of(source: Document | None) -> list[str]:
+    """The topics that a KafkaSource reads."""
+    return texts(at(source, "spec", "topics"))
 
 
 def topic_named(documents: Documents, name: object) -> Document | None:
@@ -265,9 +276,9 @@ def environment(documents: Documents, document: Document) -> dict[str, str]:
             for name, value in (data_of(named) if named else {}).items():
                 found[prefix + name] = HIDDEN if kind == SECRET else value
     for each in items(container.get("env")):
-        value = _value(documents, each)
-        if value is not None:
-            found[str(each.get("name"))] = value
+        own = _value(documents, each)
+        if own is not None:
+            found[str(each.get("name"))] = own
     return found
 
 
@@ -295,6 +306,16 @@ def references_of_pod(document: Document) -> Iterator[Reference]:
 
     What is marked optional is left out.
     """
+    yield from references_of_environment(document)
+    for volume in items(pod_spec(document).get("volumes")):
+        origin = f"{subject_of(document)} volume {volume.get('name')}"
+        for part in (volume, *items(at(volume, "projected", "sources"))):
+            for kind, keys in _volume_parts(part):
+                yield from _reference(kind, keys, origin)
+
+
+def references_of_environment(document: Document) -> Iterator[Reference]:
+    """What the pod's variables come from."""
     subject = subject_of(document)
     container = container_of(document)
     for each in items(container.get("envFrom")):
@@ -305,11 +326,6 @@ def references_of_pod(document: Document) -> Iterator[Reference]:
         value = each.get("valueFrom")
         yield from _reference(CONFIG_MAP, at(value, "configMapKeyRef"), origin)
         yield from _reference(SECRET, at(value, "secretKeyRef"), origin)
-    for volume in items(pod_spec(document).get("volumes")):
-        origin = f"{subject} volume {volume.get('name')}"
-        for part in (volume, *items(at(volume, "projected", "sources"))):
-            for kind, keys in _volume_parts(part):
-                yield from _reference(kind, keys, origin)
 
 
 def _volume_parts(part: Document) -> Iterator[tuple[str, Document]]:
@@ -337,13 +353,13 @@ def _reference(kind: str, selector: object, needed_by: str) -> Iterator[Referenc
 def mounted(document: Document, path: str) -> Reference | None:
     """The key that a file of the pod is; None when nothing is mounted there."""
     volumes = {
-        each.get("name"): each for each in items(pod_spec(document).get("volumes"))
+        str(each.get("name")): each for each in items(pod_spec(document).get("volumes"))
     }
     for mount in items(container_of(document).get("volumeMounts")):
         below = str(mount.get("mountPath") or "").rstrip("/") + "/"
         if not path.startswith(below):
             continue
-        volume = volumes.get(mount.get("name")) or {}
+        volume = volumes.get(str(mount.get("name"))) or {}
         for part in (volume, *items(at(volume, "projected", "sources"))):
             for kind, where in ((SECRET, "secret"), (CONFIG_MAP, "configMap")):
                 key = _key_of_file(part.get(where), path.removeprefix(below))
@@ -386,27 +402,38 @@ def references_of_net(document: Document) -> Iterator[Reference]:
             )
 
 
+def references_of_sink(document: Document) -> Iterator[Reference]:
+    """The Secret with which a KafkaSink authenticates, and the key that says how."""
+    name = at(document, "spec", "auth", "secret", "ref", "name")
+    if name:
+        where = f"{subject_of(document)} auth"
+        yield Reference(SECRET, str(name), "protocol", where)
+
+
 def references_of_trigger(document: Document) -> Iterator[Reference]:
     """The keys of a TriggerAuthentication."""
-    for each in items(at(document, "spec", "secretTargetRef")):
-        where = f"{subject_of(document)} {each.get('parameter')}"
-        yield from _reference(SECRET, each, where)
+    for kind, part in ((SECRET, "secretTargetRef"), (CONFIG_MAP, "configMapTargetRef")):
+        for each in items(at(document, "spec", part)):
+            where = f"{subject_of(document)} {each.get('parameter')}"
+            yield from _reference(kind, each, where)
 
 
 def namespace_of_kafka(source: Document | None) -> str:
     """The namespace in the bootstrap servers' address; empty when it has none."""
-    servers = at(source, "spec", "bootstrapServers")
-    first = str(servers[0]) if isinstance(servers, list) and servers else ""
-    host = first.partition(":")[0].split(".")
+    servers = texts(at(source, "spec", "bootstrapServers"))
+    host = next(iter(servers), "").partition(":")[0].split(".")
     is_service = len(host) > 2 and host[2] == "svc"  # noqa: PLR2004
     return host[1] if is_service else ""
 
 
 def references(parts: Parts) -> Iterator[Reference]:
     """Every Secret and ConfigMap that the parts need."""
-    for pod in parts.pods:
+    documents = parts.documents
+    for pod in (*parts.pods, *documents.of_kind(CRON_JOB), *documents.of_kind(JOB)):
         yield from references_of_pod(pod)
+    if parts.dead_letter_sink is not None:
+        yield from references_of_sink(parts.dead_letter_sink)
     if parts.source is not None:
         yield from references_of_net(parts.source)
-    for each in parts.documents.of_kind(TRIGGER_AUTHENTICATION):
+    for each in documents.of_kind(TRIGGER_AUTHENTICATION):
         yield from references_of_trigger(each)

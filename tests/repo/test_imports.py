@@ -51,10 +51,10 @@ PURE: Final = {
     "errors": set[str](),
     "durations": {"re", "typing"},
     "diagnosis": {"collections", "dataclasses", "enum", "typing"},
-    "documents": {"collections", "dataclasses", "typing"},
+    "documents": {"collections", "dataclasses", "math", "typing"},
     "plan": {"math", "dataclasses", "typing"},
     "doctor_source": {"collections", "dataclasses", "typing"},
-    "doctor_pods": {"collections", "pathlib", "typing"},
+    "doctor_pods": {"collections", "itertools", "pathlib", "typing"},
     "doctor_scaling": {"collections", "typing"},
     "doctor_topics": {"collections", "typing"},
 }
