@@ -4,7 +4,6 @@ Owns the talking to the Kubernetes API; must never change anything there, keep a
 secret's value, or let a refusal become an exception: what can't be read is told.
 """
 
-import binascii
 import json
 import sys
 from base64 import b64decode
@@ -138,7 +137,7 @@ def _without_values(document: Document) -> Document:
 def _decoded(value: object) -> str:
     try:
         return b64decode(str(value or "")).decode("utf-8", errors="replace")
-    except binascii.Error:
+    except ValueError:
         return str(value)
 
 

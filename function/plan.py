@@ -65,7 +65,7 @@ class Load:
         whole = (
             ("--threads", self.threads, 1, 1000),
             ("--backlog", self.backlog, 0, 10**12),
-            ("--partitions-now", self.partitions_now or 1, 1, _PARTITIONS_MAX),
+            ("--partitions-now", _or_one(self.partitions_now), 1, _PARTITIONS_MAX),
         )
         for name, count, least, most in whole:
             if not least <= count <= most:
@@ -151,6 +151,10 @@ def make_plan(load: Load) -> Plan:
         if load.partitions_now is None
         else load.partitions_now >= max(least, wished),
     )
+
+
+def _or_one(count: int | None) -> int:
+    return 1 if count is None else count
 
 
 def _round_up(partitions: int) -> int:
