@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from function.cli import main
 from function.cluster import read_offline
 from function.diagnosis import Severity
 from function.doctor import examine
+from function.doctor_scaling import TRIGGER_WORDS
 from function.documents import Documents, parts_of
 from tests.kubernetes_api import (
     Document,
@@ -405,6 +407,15 @@ FAULTS: Final[Mapping[str, tuple[Callable[[Cluster], None], str, str, str]]] = {
         SOURCE,
         "authentication-oidc is off",
     ),
+    "audience, and nobody knows the feature": (
+        both(
+            put(SOURCE, "spec.sink.audience", "topup"),
+            gone("ConfigMap/config-features"),
+        ),
+        "unknown",
+        SOURCE,
+        "whether authentication-oidc is on",
+    ),
     # Secrets and settings.
     "missing secret": (
         gone("Secret/topup-recharge-api"),
@@ -650,6 +661,12 @@ FAULTS: Final[Mapping[str, tuple[Callable[[Cluster], None], str, str, str]]] = {
         "error",
         SCALED,
         "not our KafkaSource",
+    ),
+    "watches our group for somebody else": (
+        put(SCALED, "spec.scaleTargetRef", {"name": "other"}),
+        "error",
+        SCALED,
+        "watches our group, but scales Deployment/other",
     ),
     "more than partitions": (
         put(SCALED, "spec.maxReplicaCount", 13),
@@ -1099,6 +1116,37 @@ def test_client_certificate_must_be_in_pkcs8(cluster: Cluster) -> None:
     assert bad(cluster.found()) == []
 
 
+def test_topics_that_strimzi_does_not_look_after_are_told(cluster: Cluster) -> None:
+    del cluster.api.served["kafka.strimzi.io/v1"]
+
+    found = cluster.found("--partitions", "12")
+
+    (told,) = [each for each in found if each["subject"] == "kafka.strimzi.io/v1"]
+    assert told["severity"] == "skipped"
+    (told,) = bad(found)
+    assert "no KafkaTopic declares it" in told["message"]
+
+
+def test_older_api_is_named(cluster: Cluster) -> None:
+    served = cluster.api.served
+    served["sources.knative.dev/v1beta1"] = served.pop("sources.knative.dev/v1")
+    cluster.remove(SOURCE)
+
+    told = cluster.found()[0]
+
+    assert told["subject"] == "sources.knative.dev/v1"
+    assert "but there is sources.knative.dev/v1beta1" in told["message"]
+
+
+def test_authentication_of_another_namespace_is_told(cluster: Cluster) -> None:
+    (trigger,) = cluster.object(SCALED)["spec"]["triggers"]
+    trigger["authenticationRef"]["kind"] = "ClusterTriggerAuthentication"
+
+    (told,) = [each for each in cluster.found() if each["severity"] == "skipped"]
+
+    assert "ClusterTriggerAuthentication/topup-keda is not looked at" in told["message"]
+
+
 # -- Offline ------------------------------------------------------------------------
 
 
@@ -1167,6 +1215,38 @@ def test_rendered_example_secrets_may_be_empty_but_not_lack_a_key(
     assert rendered.exists()
 
 
+@pytest.mark.parametrize(
+    ("kept", "skipped"),
+    [
+        (
+            {"KafkaSource"},
+            {
+                "topup-function",
+                "topup-resolver",
+                "KafkaSink/topup-dead-letters",
+                "Secret/topup-source-kafka",
+                "ScaledObject",
+                "topic topup-requests",
+            },
+        ),
+        ({"KafkaSource", "ScaledObject"}, {"TriggerAuthentication/topup-keda"}),
+    ],
+)
+def test_what_is_not_rendered_is_named_and_no_error(
+    kept: set[str], skipped: set[str]
+) -> None:
+    documents = [each for each in manifests() if each["kind"] in kept]
+    documents[0]["spec"]["sink"]["audience"] = "topup"
+
+    text = yaml.safe_dump_all(documents)
+    result = offline("-", "--json", "--partitions", "12", given=text)
+
+    found = json.loads(result.stdout)["diagnoses"]
+    assert bad(found) == []
+    assert skipped <= {e["subject"] for e in found if e["severity"] == "skipped"}
+    assert [each for each in found if "authentication-oidc" in each["message"]]
+
+
 def test_rendered_fault_is_found_without_a_cluster(rendered: Path) -> None:
     documents = manifests()
     documents[0]["spec"]["ordering"] = "unordered"
@@ -1212,6 +1292,31 @@ def test_folder_that_is_none_is_one_line(
 def test_offline_looks_at_no_cluster(tmp_path: Path) -> None:
     assert offline(tmp_path / "none").exit_code == 2
     assert offline(HEALTHY, "--context", "test").exit_code == 2
+
+
+# -- Words of others ----------------------------------------------------------------
+
+SCHEMA: Final = (
+    Path(os.environ.get("CRD_SCHEMAS", Path(__file__).parents[3] / "shared" / "crds"))
+    / "keda-scaler-schema-kafka.json"
+)
+
+
+def test_words_of_a_trigger_are_those_of_keda() -> None:
+    """Its schema is compared where it is at hand; a credential is never a word."""
+    plain = {each for each in TRIGGER_WORDS if not each.endswith("FromEnv")}
+    (scaled,) = [each for each in healthy() if each["kind"] == "ScaledObject"]
+
+    assert set(scaled["spec"]["triggers"][0]["metadata"]) <= plain
+    assert plain.isdisjoint({"username", "password", "ca", "cert", "key"})
+    if SCHEMA.exists():
+        scalers = json.loads(SCHEMA.read_text("utf-8"))["scalers"]
+        (kafka,) = [each for each in scalers if each["type"] == "kafka"]
+        assert plain == {
+            each["name"]
+            for each in kafka["parameters"]
+            if each.get("metadataVariableReadable")
+        }
 
 
 # -- Whatever is written there ------------------------------------------------------

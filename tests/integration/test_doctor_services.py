@@ -3,10 +3,13 @@
 import json
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import trustme
@@ -422,6 +425,36 @@ def test_api_that_is_away_is_not_known(api: Api) -> None:
         (found,) = about(env | {"RECHARGE_API_KIND": kind})
         assert found["severity"] == "unknown"
     assert list(sandbox.book.entries()) == []
+
+
+class _KnowsEverything(BaseHTTPRequestHandler):
+    """Says of every key that it was executed."""
+
+    def do_GET(self) -> None:
+        (key,) = parse_qs(urlsplit(self.path).query)["idempotencyKey"]
+        row = {"idempotencyKey": key, "status": "succeeded", "reference": "r"}
+        body = json.dumps({"recharges": [row]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+def test_api_that_knows_what_never_was_is_an_error() -> None:
+    """Its word would settle orders that were never executed."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _KnowsEverything) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = about({"RECHARGE_API_URL": url, "RECHARGE_API_KIND": "refuse"})
+        server.shutdown()
+        thread.join()
+
+    (told_,) = [each for each in found if each["severity"] == "error"]
+    assert "executed about a key that nobody has" in told_["message"]
 
 
 def test_api_of_kind_none_is_only_knocked_at(api: Api) -> None:
