@@ -53,8 +53,10 @@ _PEM: Final = "-----BEGIN "
 # -- Rendered manifests -------------------------------------------------------------
 
 
-def read_offline(path: str, namespace: str) -> Documents:
+def read_offline(path: str, namespace: str | None = None) -> Documents:
     """The documents of a folder, a file, or `-` for standard input.
+
+    Without a namespace it is that of the KafkaSource among them.
 
     Raises:
         DocumentsUnreadable: nothing there, no YAML, or a folder for kustomize that
@@ -77,6 +79,10 @@ def read_offline(path: str, namespace: str) -> Documents:
     if not objects:
         raise DocumentsUnreadable(f"{path} has no Kubernetes object in it")
     shown = [_without_values(each) for each in objects]
+    if namespace is None:
+        sources = [each for each in shown if kind_of(each) == kinds.KAFKA_SOURCE]
+        told = [kinds.namespace_of(each) for each in sources]
+        namespace = next(filter(None, told), kinds.NAMESPACE)
     return Documents(namespace=namespace, objects=shown, is_live=False)
 
 

@@ -15,7 +15,7 @@ from function.cluster import Access, read_live, read_offline
 from function.config import environment
 from function.diagnosis import Diagnosis, Severity, exit_status
 from function.doctor import examine, examine_services, in_order
-from function.documents import Documents, parts_of
+from function.documents import NAMESPACE, Documents, parts_of
 from function.durations import age_s, shown
 from function.errors import DocumentsUnreadable
 from function.plan import COMMIT_INTERVAL_S, Load, Plan, make_plan
@@ -65,7 +65,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
-@click.option("--namespace", default="topup", show_default=True)
+@click.option("--namespace", help="[default: topup, or the rendered KafkaSource's]")
 @click.option("--context", help="Of the kubeconfig; its current one when left out.")
 @click.option("--kubeconfig", help="Another than kubectl would take.")
 @click.option(
@@ -82,7 +82,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_json
 def doctor(
     *,
-    namespace: str,
+    namespace: str | None,
     context: str | None,
     kubeconfig: str | None,
     offline: str | None,
@@ -107,7 +107,8 @@ def doctor(
         if offline is not None:
             documents = read_offline(offline, namespace)
         else:
-            documents, found = read_live(Access(namespace, context, kubeconfig))
+            access = Access(namespace or NAMESPACE, context, kubeconfig)
+            documents, found = read_live(access)
     except DocumentsUnreadable as error:
         click.echo(f"topup: {error}", err=True)
         sys.exit(2)

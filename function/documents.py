@@ -27,6 +27,7 @@ CONFIG_MAP: Final = "ConfigMap"
 SECRET: Final = "Secret"  # noqa: S105
 
 #: Where the search begins; from there on the objects' own references lead.
+NAMESPACE: Final = "topup"
 SOURCE_NAME: Final = "topup-source"
 FUNCTION_NAME: Final = "topup-function"
 RESOLVER_NAME: Final = "topup-resolver"

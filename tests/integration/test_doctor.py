@@ -1198,6 +1198,18 @@ def test_rendered_manifests_can_come_from_kustomize(rendered: Path) -> None:
     assert sorted(offline("-", given=listed).stdout.splitlines()) == sorted(said)
 
 
+def test_rendered_namespace_is_that_of_the_source(rendered: Path) -> None:
+    """An overlay may name another."""
+    moved = yaml.safe_dump_all(manifests()).replace(
+        "namespace: topup", "namespace: pay"
+    )
+    said = offline(rendered).stdout
+
+    assert offline("-", given=moved).stdout == said
+    assert offline("-", "--namespace", "pay", given=moved).stdout == said
+    assert offline("-", "--namespace", "topup", given=moved).stdout != said
+
+
 def test_rendered_example_secrets_may_be_empty_but_not_lack_a_key(
     rendered: Path,
 ) -> None:
@@ -1370,7 +1382,7 @@ def test_nothing_that_stands_in_a_document_ends_in_a_traceback(
 
 
 def test_reading_hides_what_a_secret_holds() -> None:
-    documents = read_offline(str(HEALTHY), "topup")
+    documents = read_offline(str(HEALTHY))
 
     held = [each for each in documents.objects if each["kind"] == "Secret"]
     assert {value for each in held for value in each["data"].values()} == {
