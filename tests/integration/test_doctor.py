@@ -943,7 +943,9 @@ def one_line(result: Result) -> dict[str, Any]:
     return dict(told)
 
 
-def test_cluster_that_refuses_the_connection_is_one_finding(tmp_path: Path) -> None:
+def test_cluster_that_refuses_the_connection_is_one_finding(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     kubeconfig = write_kubeconfig(tmp_path, port, trustme.CA().cert_pem.bytes())
@@ -951,6 +953,8 @@ def test_cluster_that_refuses_the_connection_is_one_finding(tmp_path: Path) -> N
     told = one_line(Cluster(KubernetesApi([]), kubeconfig).doctor("--json"))
 
     assert "does not answer" in told["message"]
+    # Nor does the client talk of its own tries.
+    assert caplog.text == ""
 
 
 def test_cluster_with_another_certificate_is_one_finding(

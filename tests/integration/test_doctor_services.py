@@ -308,6 +308,20 @@ def test_failover_target_must_hold_every_commit(
     assert bool(judged(variables=variables)) is not is_fine
 
 
+@pytest.mark.parametrize(
+    "wide",
+    [
+        "ALL PRIVILEGES ON *.*",
+        "ALL PRIVILEGES ON `ledger`.*",
+        "SELECT, INSERT, UPDATE ON `ledger`.*",
+    ],
+)
+def test_account_with_a_wider_right_lacks_nothing(wide: str) -> None:
+    (found,) = judged(grants=[f"GRANT {wide} TO `t`@`%`"])
+
+    assert found.startswith("error: our account may do more")
+
+
 def test_connection_without_tls_is_an_error() -> None:
     assert judged(cipher="") == ["error: our connection is not encrypted"]
 
