@@ -17,8 +17,7 @@ Read in this order, which is the order of one event, then of what surrounds it:
     retention.py      what goes: purge, payloads, a forgotten number
     reconcile.py      the API operator's statement against the ledger
     replay.py         quarantine and dead letters through the front door again
-    doctor.py         is the cluster as it must be: cluster.py and documents.py read,
-                      doctor_*.py judge, diagnosis.py says it; doctor_cli.py prints
+    doctor/           is the cluster as it must be; its __init__.py has its order
     plan.py           partitions, pods and threads for a wished rate
     config.py         settings; telemetry.py logs; migrate.py and cli.py for operators;
                       durations.py reads `PT1M` and `44d`
@@ -28,15 +27,15 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 
 #: Who may import whom: a module imports only modules of the rows above its own.
 LAYERS = (
-    ("errors", "model", "durations", "diagnosis", "documents"),
-    ("config", "telemetry", "door", "plan", "cluster"),
+    ("errors", "model", "durations", "doctor.diagnosis", "doctor.documents"),
+    ("config", "telemetry", "door", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),
     ("rules",),
     ("migrate", "ledger", "recharge_api", "processing", "event_tokens"),
     ("operations", "retention", "reconcile", "replay", "grants", "resolver"),
-    ("doctor_ledger", "doctor_api", "doctor_source", "doctor_topics"),
-    ("doctor_pods", "doctor_scaling"),
-    ("doctor",),
-    ("doctor_cli",),
+    ("doctor.ledger", "doctor.api", "doctor.source", "doctor.topics"),
+    ("doctor.pods", "doctor.scaling"),
+    ("doctor.examination",),
+    ("doctor.command",),
     ("main", "cli", "gunicorn.conf"),
 )

@@ -26,7 +26,7 @@ from sqlalchemy import Engine
 from function import telemetry
 from function.config import Settings
 from function.database import make_engine
-from function.doctor_cli import doctor, plan
+from function.doctor.command import doctor, plan
 from function.durations import UNIT_S, age_s
 from function.errors import LedgerUnavailable, TopupError
 from function.grants import script

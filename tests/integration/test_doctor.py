@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from function.cli import main
-from function.cluster import read_offline
-from function.diagnosis import Severity
-from function.doctor import examine
-from function.doctor_scaling import TRIGGER_WORDS
-from function.documents import Documents, parts_of
+from function.doctor.cluster import read_offline
+from function.doctor.diagnosis import Severity
+from function.doctor.documents import Documents, parts_of
+from function.doctor.examination import examine
+from function.doctor.scaling import TRIGGER_WORDS
 from tests.kubernetes_api import (
     Document,
     KubernetesApi,

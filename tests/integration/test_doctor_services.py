@@ -21,7 +21,7 @@ from demo.mariadb import MariaDbServer
 from demo.recharge_api import Kind, SandboxRechargeApi
 from function.cli import main
 from function.database import make_engine
-from function.doctor_ledger import LedgerFacts, judge, rights_of
+from function.doctor.ledger import LedgerFacts, judge, rights_of
 from function.grants import ROLES, grants_of
 from function.migrate import SCHEMA_REVISION, migrate
 from tests.conftest import Database, settings_of
@@ -250,7 +250,7 @@ def test_wrong_settings_are_a_finding(tmp_path: Path) -> None:
     env = {"LEDGER_DATABASE_URL": "sqlite://", "RECHARGE_API_URL": "ftp://x"}
 
     assert "names no file" in bad(told({"LEDGER_DATABASE_URL": "sqlite://"}))[0]
-    assert "RECHARGE_API_URL must begin" in bad(told(env, "recharge API"))[0]
+    assert "RECHARGE_API_URL must be" in bad(told(env, "recharge API"))[0]
     assert tmp_path.exists()
 
 

@@ -17,7 +17,10 @@ from function import LAYERS
 ROOT: Final = Path(__file__).parents[2]
 FUNCTION: Final = ROOT / "function"
 MODULES: Final = sorted(
-    path for path in FUNCTION.glob("*.py") if path.name != "__init__.py"
+    path
+    for folder in (FUNCTION, FUNCTION / "doctor")
+    for path in folder.glob("*.py")
+    if path.name != "__init__.py"
 )
 ALL_FILES: Final = sorted(FUNCTION.rglob("*.py"))
 
@@ -31,12 +34,12 @@ PLACE_OF_LIBRARY: Final = {
     "requests": {"recharge_api", "api_auth", "reconcile", "replay"},
     "requests_oauthlib": {"api_auth"},
     "oauthlib": {"api_auth"},
-    "urllib3": {"recharge_api", "replay", "cluster"},
+    "urllib3": {"recharge_api", "replay", "doctor.cluster"},
     # Who may post events: the tokens and the keys that sign them.
     "jwt": {"event_tokens", "issuer_keys"},
     # Of the extra `cluster`: the function's image has neither.
-    "kubernetes": {"cluster"},
-    "yaml": {"cluster"},
+    "kubernetes": {"doctor.cluster"},
+    "yaml": {"doctor.cluster"},
     "flask": {"main"},
     "functions_framework": {"main"},
     "gunicorn": {"gunicorn.conf"},
@@ -50,13 +53,13 @@ PURE: Final = {
     "model": {"dataclasses", "enum", "typing"},
     "errors": set[str](),
     "durations": {"re", "typing"},
-    "diagnosis": {"collections", "dataclasses", "enum", "typing"},
-    "documents": {"collections", "dataclasses", "math", "typing"},
+    "doctor.diagnosis": {"collections", "dataclasses", "enum", "typing"},
+    "doctor.documents": {"collections", "dataclasses", "math", "typing"},
     "plan": {"math", "dataclasses", "typing"},
-    "doctor_source": {"collections", "dataclasses", "typing"},
-    "doctor_pods": {"collections", "itertools", "pathlib", "typing"},
-    "doctor_scaling": {"collections", "typing"},
-    "doctor_topics": {"collections", "typing"},
+    "doctor.source": {"collections", "dataclasses", "typing"},
+    "doctor.pods": {"collections", "itertools", "pathlib", "typing"},
+    "doctor.scaling": {"collections", "typing"},
+    "doctor.topics": {"collections", "typing"},
 }
 #: Of the extra `cluster`, which `topup doctor` alone needs.
 OPTIONAL: Final = {"kubernetes", "yaml"}
@@ -69,16 +72,21 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
             yield from ((alias.name, 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
-            if base == "function":
-                yield from ((f"function.{alias.name}", 0) for alias in node.names)
+            if base in {"function", "function.doctor"}:
+                yield from ((f"{base}.{alias.name}", 0) for alias in node.names)
             else:
                 yield base, node.level
 
 
+def name_of(path: Path) -> str:
+    """A module's name within function/."""
+    return ".".join(path.relative_to(FUNCTION).parts).removesuffix(".py")
+
+
 def own(path: Path) -> set[str]:
     """The modules of function/ that a file imports."""
-    names = [name.split(".") for name, _ in imported(path)]
-    return {name[1] for name in names if name[0] == "function" and len(name) > 1}
+    names = {name.removeprefix("function.") for name, _ in imported(path)}
+    return names & {name_of(module) for module in MODULES}
 
 
 def libraries(path: Path) -> set[str]:
@@ -91,12 +99,12 @@ def test_every_module_stands_once_in_the_table() -> None:
 
     assert len(listed) == len(set(listed))
     # The table may name what is yet to come; a module may not be missing in it.
-    assert {path.stem for path in MODULES} <= set(listed)
+    assert {name_of(path) for path in MODULES} <= set(listed)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_module_imports_only_from_rows_above_its_own(path: Path) -> None:
-    row = next(i for i, layer in enumerate(LAYERS) if path.stem in layer)
+    row = next(i for i, layer in enumerate(LAYERS) if name_of(path) in layer)
     above = {module for layer in LAYERS[:row] for module in layer}
 
     assert own(path) <= above, f"{path.name}: {own(path) - above}"
@@ -118,12 +126,12 @@ def test_nothing_imports_the_composition_root_or_the_demo(path: Path) -> None:
     assert not {"main", "demo", "console", "tests"} & libraries(path)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_library_is_imported_only_in_its_place(path: Path) -> None:
     elsewhere = {
         library
         for library in libraries(path)
-        if path.stem not in PLACE_OF_LIBRARY.get(library, {path.stem})
+        if name_of(path) not in PLACE_OF_LIBRARY.get(library, {name_of(path)})
     }
 
     assert elsewhere == set()
@@ -131,11 +139,11 @@ def test_library_is_imported_only_in_its_place(path: Path) -> None:
 
 @pytest.mark.parametrize("module", sorted(PURE))
 def test_pure_module_imports_nothing_that_does_io(module: str) -> None:
-    assert libraries(FUNCTION / f"{module}.py") <= PURE[module]
+    assert libraries(FUNCTION / f"{module.replace('.', '/')}.py") <= PURE[module]
 
 
 def test_sqlalchemy_is_known_only_to_the_ledgers_side() -> None:
-    knowing = {path.stem for path in MODULES if "sqlalchemy" in libraries(path)}
+    knowing = {name_of(path) for path in MODULES if "sqlalchemy" in libraries(path)}
 
     layer_of = {module: i for i, layer in enumerate(LAYERS) for module in layer}
     assert knowing.isdisjoint({"main", "processing", "events", "recharge_api", "model"})
@@ -145,7 +153,7 @@ def test_sqlalchemy_is_known_only_to_the_ledgers_side() -> None:
 def test_environment_is_read_by_the_settings_alone() -> None:
     """gunicorn.conf.py reads PORT, which Knative sets and no operator."""
     readers = {
-        path.stem
+        name_of(path)
         for path in MODULES
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
@@ -179,7 +187,7 @@ def test_standard_library_and_dependencies_are_all_that_is_imported() -> None:
     assert {package_of.get(name, name) for name in foreign - OPTIONAL} <= locked
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_optional_library_is_imported_only_where_it_is_used(path: Path) -> None:
     """At the top of a module it would keep the image, which lacks it, from starting."""
     tree = ast.parse(path.read_text("utf-8"))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from function import documents as kinds
-from function.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
-from function.documents import Document, Parts, at, number, subject_of
+from function.doctor import documents as kinds
+from function.doctor.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
+from function.doctor.documents import Document, Parts, at, number, subject_of
 from function.durations import iso_s, shown
 
 #: With more, the dispatcher's arithmetic for `max.poll.interval.ms` overflows and the

@@ -6,10 +6,10 @@ Owns what is checked about KEDA's objects; must never read anything itself.
 from collections.abc import Iterator
 from typing import Final
 
-from function import documents as kinds
-from function.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
-from function.doctor_source import is_ready
-from function.documents import Document, Parts, at, items, number, subject_of
+from function.doctor import documents as kinds
+from function.doctor.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
+from function.doctor.documents import Document, Parts, at, items, number, subject_of
+from function.doctor.source import is_ready
 
 #: What KEDA's kafka trigger reads; it says nothing of a word that it doesn't know.
 #: A test compares it with KEDA's own schema where that is at hand.

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from urllib3.exceptions import HTTPError
 
-from function import documents as kinds
-from function.diagnosis import Diagnosis, unknown
-from function.documents import Document, Documents, Reference, at, items, kind_of
+from function.doctor import documents as kinds
+from function.doctor.diagnosis import Diagnosis, unknown
+from function.doctor.documents import Document, Documents, Reference, at, items, kind_of
 from function.errors import DocumentsUnreadable
 
 _MISSING_PACKAGE: Final = (

@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import click
 
-from function.cluster import Access, read_live, read_offline
 from function.config import environment
-from function.diagnosis import Diagnosis, Severity, exit_status
-from function.doctor import examine, examine_services, in_order
-from function.documents import NAMESPACE, Documents, parts_of
+from function.doctor.cluster import Access, read_live, read_offline
+from function.doctor.diagnosis import Diagnosis, Severity, exit_status
+from function.doctor.documents import NAMESPACE, Documents, parts_of
+from function.doctor.examination import examine, examine_services, in_order
 from function.durations import age_s, shown
 from function.errors import DocumentsUnreadable
 from function.plan import COMMIT_INTERVAL_S, Load, Plan, make_plan

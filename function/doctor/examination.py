@@ -7,17 +7,17 @@ anything, and never let one check's failure hide another's finding.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from function import documents as kinds
 from function.config import Settings
 from function.database import make_engine
-from function.diagnosis import RANK, Diagnosis, error, ok, skipped, unknown
-from function.doctor_api import check_api
-from function.doctor_ledger import check_ledger
-from function.doctor_pods import check_pods, scale_max, settings_of_pod
-from function.doctor_scaling import check_scaling
-from function.doctor_source import check_source
-from function.doctor_topics import check_topics, retention_s
-from function.documents import Documents, Parts, at, kind_of
+from function.doctor import documents as kinds
+from function.doctor.api import check_api
+from function.doctor.diagnosis import RANK, Diagnosis, error, ok, skipped, unknown
+from function.doctor.documents import Documents, Parts, at, kind_of
+from function.doctor.ledger import check_ledger
+from function.doctor.pods import check_pods, scale_max, settings_of_pod
+from function.doctor.scaling import check_scaling
+from function.doctor.source import check_source
+from function.doctor.topics import check_topics, retention_s
 from function.errors import SettingsError
 
 #: API, resources that we need of it, what it is for.

@@ -6,10 +6,10 @@ Owns what is checked about KafkaTopics and retention; must never read anything i
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from function import documents as kinds
 from function.config import Settings
-from function.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
-from function.documents import Document, Parts, at, items, number, subject_of
+from function.doctor import documents as kinds
+from function.doctor.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
+from function.doctor.documents import Document, Parts, at, items, number, subject_of
 from function.durations import age_s, shown
 from function.retention import Horizon
 

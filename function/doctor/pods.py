@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
-from function import documents as kinds
 from function.config import Settings, settings_table
-from function.diagnosis import Diagnosis, error, ok, skipped, warning
-from function.doctor_source import Delivery, is_ready
-from function.documents import Document, Parts, Reference, at, number, subject_of
+from function.doctor import documents as kinds
+from function.doctor.diagnosis import Diagnosis, error, ok, skipped, warning
+from function.doctor.documents import Document, Parts, Reference, at, number, subject_of
+from function.doctor.source import Delivery, is_ready
 from function.errors import SettingsError
 
 _KNOWN: Final = frozenset(name for name, _, _ in settings_table())
@@ -130,7 +130,8 @@ def _files(env: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def _not_mounted(parts: Parts, pod: Document) -> Iterator[Diagnosis]:
     """Every setting that names a file names one that is mounted, or the image's own."""
     for name, path in _files(kinds.environment(parts.documents, pod)):
-        if kinds.mounted(pod, path) is None and not path.startswith(_OF_THE_IMAGE):
+        is_there = kinds.mounted(pod, path) or kinds.is_own_token(pod, path)
+        if not is_there and not path.startswith(_OF_THE_IMAGE):
             yield error(
                 subject_of(pod),
                 f"{name} is {path}, where nothing is mounted",

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from function.database import connected
-from function.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
+from function.doctor.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
 from function.errors import LedgerUnavailable
 from function.grants import grants_of
 from function.migrate import SCHEMA_REVISION

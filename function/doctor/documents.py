@@ -353,22 +353,35 @@ def _reference(kind: str, selector: object, needed_by: str) -> Iterator[Referenc
 
 def mounted(document: Document, path: str) -> Reference | None:
     """The key that a file of the pod is; None when nothing is mounted there."""
+    for part, file in _parts_at(document, path):
+        for kind, where in ((SECRET, "secret"), (CONFIG_MAP, "configMap")):
+            key = _key_of_file(part.get(where), file)
+            if key is not None:
+                held = part[where]
+                name = str(held.get("secretName") or held.get("name") or "")
+                return Reference(kind, name, key, f"{subject_of(document)} {path}")
+    return None
+
+
+def is_own_token(document: Document, path: str) -> bool:
+    """Whether the kubelet writes a token of the pod's own account to this file."""
+    return any(
+        at(part, "serviceAccountToken", "path") == file
+        for part, file in _parts_at(document, path)
+    )
+
+
+def _parts_at(document: Document, path: str) -> Iterator[tuple[Document, str]]:
+    """What is mounted above a path, and the path below it."""
     volumes = {
         str(each.get("name")): each for each in items(pod_spec(document).get("volumes"))
     }
     for mount in items(container_of(document).get("volumeMounts")):
         below = str(mount.get("mountPath") or "").rstrip("/") + "/"
-        if not path.startswith(below):
-            continue
-        volume = volumes.get(str(mount.get("name"))) or {}
-        for part in (volume, *items(at(volume, "projected", "sources"))):
-            for kind, where in ((SECRET, "secret"), (CONFIG_MAP, "configMap")):
-                key = _key_of_file(part.get(where), path.removeprefix(below))
-                if key is not None:
-                    held = part[where]
-                    name = str(held.get("secretName") or held.get("name") or "")
-                    return Reference(kind, name, key, f"{subject_of(document)} {path}")
-    return None
+        if path.startswith(below):
+            volume = volumes.get(str(mount.get("name"))) or {}
+            for part in (volume, *items(at(volume, "projected", "sources"))):
+                yield part, path.removeprefix(below)
 
 
 def _key_of_file(held: object, file: str) -> str | None:

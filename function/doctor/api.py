@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from function.api_auth import NotAuthenticated, make_authenticator
 from function.api_profile import ApiProfile, Kind, load_profile
 from function.config import Settings
-from function.diagnosis import Diagnosis, error, ok, unknown, warning
+from function.doctor.diagnosis import Diagnosis, error, ok, unknown, warning
 from function.errors import SettingsError
 from function.model import Finding
 from function.recharge_api import RechargeApi
