@@ -29,6 +29,8 @@ HOSTS_DEFAULT = ("localhost", "127.0.0.1", "::1")
 DAYS_DEFAULT = 30
 #: A laptop's clock and its virtual machine's may differ by this much.
 CLOCK_SKEW = dt.timedelta(minutes=5)
+#: Less than the skew: everything begins to be valid that much before it is made.
+EXPIRED_FOR = dt.timedelta(minutes=1)
 
 # The name becomes a file's name and a Kafka principal; both dislike anything else.
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
@@ -54,17 +56,22 @@ def make_certs(
     ca_name: str = "topup laptop CA",
     days: int = DAYS_DEFAULT,
     force: bool = False,
+    is_server_expired: bool = False,
+    expired_client_names: Iterable[str] = (),
 ) -> Certificates:
     """Make a CA, a server certificate for `hosts`, and one for each client name.
 
     The directory is made if needed and closed to others (0700); private keys are 0600.
     A client's subject is its common name alone, so that Kafka knows it as `CN=name`.
-    `hosts` are DNS names or IP addresses; `days` is how long everything is valid.
+    `hosts` are DNS names or IP addresses; `days` is how long everything is valid. What
+    shall be expired has been so for a minute, under the same valid CA: for who tests
+    that it is refused.
 
     Raises FileExistsError when a file would be overwritten and `force` is not given,
     ValueError for a client name that can't be a file's name or days below 1.
     """
-    names = tuple(client_names)
+    expired = frozenset(expired_client_names)
+    names = (*client_names, *sorted(expired))
     for name in names:
         if not _CLIENT_NAME.fullmatch(name):
             raise ValueError(f"client name {name!r}: letters, digits and ._- only")
@@ -82,22 +89,22 @@ def make_certs(
             for name in names
         },
     )
-    _write_all(directory, _contents(made, tuple(hosts), ca_name, days), force=force)
-    return made
-
-
-def _contents(
-    made: Certificates, hosts: tuple[str, ...], ca_name: str, days: int
-) -> dict[Path, bytes]:
-    """What goes into each file; made whole first, so that no half set is written."""
+    # Made whole first, so that no half set is written.
     issuer = _Issuer(ca_name, days)
+    host_names = tuple(hosts)
     files = {made.ca: issuer.cert_pem}
     files[made.server_cert], files[made.server_key] = issuer.issue(
-        hosts[0], ExtendedKeyUsageOID.SERVER_AUTH, hosts
+        host_names[0],
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        host_names,
+        is_expired=is_server_expired,
     )
     for name, (cert, key) in made.clients.items():
-        files[cert], files[key] = issuer.issue(name, ExtendedKeyUsageOID.CLIENT_AUTH)
-    return files
+        files[cert], files[key] = issuer.issue(
+            name, ExtendedKeyUsageOID.CLIENT_AUTH, is_expired=name in expired
+        )
+    _write_all(directory, files, force=force)
+    return made
 
 
 def _write_all(directory: Path, files: Mapping[Path, bytes], *, force: bool) -> None:
@@ -122,13 +129,14 @@ class _Issuer:
         now = dt.datetime.now(dt.UTC)
         self._not_before = now - CLOCK_SKEW
         self._not_after = now + dt.timedelta(days=days)
+        self._expired_at = now - EXPIRED_FOR
         self._name = _subject(common_name)
         # P-256: made in a millisecond, and every client here reads it (Java, OpenSSL,
         # Go), which is not so for Ed25519.
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._key_id = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
         certificate = (
-            self._builder(self._name, self._key.public_key())
+            self._builder(self._name, self._key.public_key(), self._not_after)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(signs_certificates=True), critical=True)
             .sign(self._key, hashes.SHA256())
@@ -136,7 +144,12 @@ class _Issuer:
         self.cert_pem = certificate.public_bytes(serialization.Encoding.PEM)
 
     def issue(
-        self, common_name: str, usage: x509.ObjectIdentifier, hosts: Iterable[str] = ()
+        self,
+        common_name: str,
+        usage: x509.ObjectIdentifier,
+        hosts: Iterable[str] = (),
+        *,
+        is_expired: bool,
     ) -> tuple[bytes, bytes]:
         """A new certificate and its private key, both PEM."""
         key = ec.generate_private_key(ec.SECP256R1())
@@ -144,8 +157,9 @@ class _Issuer:
         authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
             self._key_id
         )
+        not_after = self._expired_at if is_expired else self._not_after
         builder = (
-            self._builder(_subject(common_name), key.public_key())
+            self._builder(_subject(common_name), key.public_key(), not_after)
             .add_extension(
                 x509.BasicConstraints(ca=False, path_length=None), critical=True
             )
@@ -170,7 +184,10 @@ class _Issuer:
         )
 
     def _builder(
-        self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey
+        self,
+        subject: x509.Name,
+        public_key: ec.EllipticCurvePublicKey,
+        not_after: dt.datetime,
     ) -> x509.CertificateBuilder:
         return (
             x509.CertificateBuilder()
@@ -179,7 +196,7 @@ class _Issuer:
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(self._not_before)
-            .not_valid_after(self._not_after)
+            .not_valid_after(not_after)
             .add_extension(
                 x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False
             )

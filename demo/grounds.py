@@ -18,20 +18,27 @@ from certs.make_certs import make_certs
 from demo.kafka_broker import (
     KafkaCluster,
     KafkaServer,
-    dead_letter_acls,
     find_java,
     kafka_from_environment,
-    producer_acls,
-    source_acls,
 )
 from demo.mariadb import MariaDb, MariaDbServer, find_mariadb, mariadb_from_environment
 from demo.mock_cluster import MockCluster
 from demo.server_process import write_private
-from demo.subject import GROUP, Database
+from demo.strimzi_users import (
+    DEAD_LETTER_WRITER,
+    PRODUCER,
+    SOURCE,
+    read_users,
+    suffixed,
+)
+from demo.subject import Database
 
 Config = dict[str, str | int | bool]
 
 PARTITIONS: Final = 4
+#: As in manifests/kafka, whose users may use no others.
+TOPIC: Final = "topup-requests"
+DEAD_LETTER_TOPIC: Final = "topup-dead-letters"
 #: librdkafka writes to standard error; of retries it need not tell.
 _QUIET: Final[Config] = {"log_level": 3}
 #: A broker takes a killed source for dead after so long; the least that one allows
@@ -61,14 +68,13 @@ class Grounds:
 def embedded(stack: ExitStack, directory: Path) -> Grounds:
     """All in this process and one file."""
     cluster = stack.enter_context(MockCluster())
-    topic = "recharge.orders"
-    cluster.create_topic(topic)
+    cluster.create_topic(TOPIC)
     config: Config = {"bootstrap.servers": cluster.bootstrap_servers, **_QUIET}
     url = f"sqlite:///{directory / 'ledger.db'}"
     return Grounds(
         broker="librdkafka's mock cluster",
         database_name="SQLite",
-        topic=topic,
+        topic=TOPIC,
         dead_letter_topic="",
         producer=config,
         source=config,
@@ -94,37 +100,32 @@ def real(stack: ExitStack, directory: Path) -> Grounds:
     if mariadb is None:
         find_mariadb()
     certificates = make_certs(directory / "certs", force=True)
-    # A given cluster may have been played on before.
     is_ours = kafka is None
-    topic = "recharge.orders" + ("" if is_ours else f".{os.urandom(4).hex()}")
+    # On a given cluster the names may be somebody's, or of an earlier story.
+    suffix = "" if is_ours else f".{os.urandom(4).hex()}"
+    topic, dead = TOPIC + suffix, DEAD_LETTER_TOPIC + suffix
     if mariadb is None:
         mariadb = stack.enter_context(
             MariaDbServer(directory / "mariadb", certificates)
         )
     if kafka is None:
         kafka = stack.enter_context(KafkaServer(directory / "kafka", certificates))
-    dead = f"{topic}.dead"
     for name in (topic, dead):
         kafka.create_topic(name, PARTITIONS)
-    users = {
-        "producer": producer_acls(topic),
-        "source": source_acls(topic, GROUP),
-        "dead-letter": dead_letter_acls(dead),
-    }
-    for user, acls in users.items():
-        kafka.create_user(user, acls)
+    for user, acls in read_users().items():
+        kafka.create_user(user + suffix, suffixed(acls, suffix))
     return Grounds(
         broker="Apache Kafka over TLS with SCRAM-SHA-512",
         database_name="MariaDB over TLS",
         topic=topic,
         dead_letter_topic=dead,
-        producer=_config(kafka, "producer"),
+        producer=_config(kafka, PRODUCER + suffix),
         source={
-            **_config(kafka, "source"),
+            **_config(kafka, SOURCE + suffix),
             "session.timeout.ms": _SESSION_MS if is_ours else _SESSION_MS_FOUND,
             "heartbeat.interval.ms": 500,
         },
-        dead_letter=_config(kafka, "dead-letter"),
+        dead_letter=_config(kafka, DEAD_LETTER_WRITER + suffix),
         attach="subscribe",
         database=_database(mariadb, directory, f"ledger_{os.urandom(4).hex()}"),
     )

@@ -1,7 +1,8 @@
 """Apache Kafka for the demo and the tests: a private broker, or one that is given.
 
 Owns its jars, its start, its users with their rights, and how clients connect. It
-listens on 127.0.0.1 only, demands TLS and a password, and allows what an ACL allows.
+listens on 127.0.0.1 only, demands TLS 1.3 and a password or a certificate, and allows
+what an ACL allows.
 Must never print a password, or be used for real orders.
 """
 
@@ -72,28 +73,6 @@ class Acl:
     resource: ResourceType
     name: str
     operation: AclOperation
-
-
-def producer_acls(topic: str) -> tuple[Acl, ...]:
-    """The least rights to write to a topic, idempotently: nothing can be read."""
-    return (
-        Acl(ResourceType.TOPIC, topic, AclOperation.WRITE),
-        Acl(ResourceType.TOPIC, topic, AclOperation.DESCRIBE),
-    )
-
-
-def source_acls(topic: str, group: str) -> tuple[Acl, ...]:
-    """The least rights to consume a topic as a group and commit: none to delete it."""
-    return (
-        Acl(ResourceType.TOPIC, topic, AclOperation.READ),
-        Acl(ResourceType.TOPIC, topic, AclOperation.DESCRIBE),
-        Acl(ResourceType.GROUP, group, AclOperation.READ),
-    )
-
-
-def dead_letter_acls(topic: str) -> tuple[Acl, ...]:
-    """The least rights of who writes dead letters: a producer's, on their topic."""
-    return producer_acls(topic)
 
 
 class KafkaCluster:
@@ -170,17 +149,35 @@ class KafkaCluster:
         )
         admin.alter_user_scram_credentials([credential])[name].result(ADMIN_TIMEOUT_S)
         self._passwords[name] = password
-        bindings = {_binding(name, acl) for acl in acls}
-        if bindings:
-            for future in admin.create_acls(list(bindings)).values():
-                future.result(ADMIN_TIMEOUT_S)
-
-        def is_known() -> bool:
-            described = admin.describe_acls(_every_acl_of(name))
-            return bindings <= set(described.result(ADMIN_TIMEOUT_S))
-
-        _wait_until(is_known, f"the rights of {name} do not arrive")
+        self.grant(name, acls)
         _wait_until(lambda: self._lets_in(name), f"{name} is not let in")
+
+    def grant(self, user: str, acls: Iterable[Acl]) -> None:
+        """Give a user these rights, by password and by certificate alike.
+
+        The broker knows them when this returns.
+        """
+        wanted = _bindings(user, acls)
+        if not wanted:
+            return
+        admin = self._admin_client()
+        for future in admin.create_acls(list(wanted)).values():
+            future.result(ADMIN_TIMEOUT_S)
+        _wait_until(
+            lambda: wanted <= _rights(admin, user),
+            f"the rights of {user} do not arrive",
+        )
+
+    def revoke(self, user: str, acl: Acl) -> None:
+        """Take a right away; the broker has forgotten it when this returns."""
+        unwanted = _bindings(user, [acl])
+        admin = self._admin_client()
+        for future in admin.delete_acls([_filter(each) for each in unwanted]).values():
+            future.result(ADMIN_TIMEOUT_S)
+        _wait_until(
+            lambda: not unwanted & _rights(admin, user),
+            f"the rights of {user} do not go",
+        )
 
     def _lets_in(self, user: str) -> bool:
         return _lists_brokers(self.client_config(user), timeout_s=2)
@@ -189,28 +186,54 @@ class KafkaCluster:
         return AdminClient(self.admin_config(), logger=_logger)
 
 
-def _binding(user: str, acl: Acl) -> AclBinding:
-    return AclBinding(
-        acl.resource,
-        acl.name,
-        ResourcePatternType.LITERAL,
-        f"User:{user}",
-        "*",
-        acl.operation,
-        AclPermissionType.ALLOW,
-    )
+def _principals(user: str) -> tuple[str, str]:
+    """Who a user is by password, and by certificate: as with Strimzi, its subject."""
+    return f"User:{user}", f"User:CN={user}"
 
 
-def _every_acl_of(user: str) -> AclBindingFilter:
+def _bindings(user: str, acls: Iterable[Acl]) -> set[AclBinding]:
+    return {
+        AclBinding(
+            acl.resource,
+            acl.name,
+            ResourcePatternType.LITERAL,
+            principal,
+            "*",
+            acl.operation,
+            AclPermissionType.ALLOW,
+        )
+        for acl in acls
+        for principal in _principals(user)
+    }
+
+
+def _filter(binding: AclBinding) -> AclBindingFilter:
     return AclBindingFilter(
-        ResourceType.ANY,
-        None,  # type: ignore[arg-type] # None is any name, any host.
-        ResourcePatternType.ANY,
-        f"User:{user}",
-        None,  # type: ignore[arg-type]
-        AclOperation.ANY,
-        AclPermissionType.ANY,
+        binding.restype,
+        binding.name,
+        binding.resource_pattern_type,
+        binding.principal,
+        binding.host,
+        binding.operation,
+        binding.permission_type,
     )
+
+
+def _rights(admin: AdminClient, user: str) -> set[AclBinding]:
+    """Every ACL of a user, however it logs in."""
+    rights: set[AclBinding] = set()
+    for principal in _principals(user):
+        every = AclBindingFilter(
+            ResourceType.ANY,
+            None,  # type: ignore[arg-type] # None is any name, any host.
+            ResourcePatternType.ANY,
+            principal,
+            None,  # type: ignore[arg-type]
+            AclOperation.ANY,
+            AclPermissionType.ANY,
+        )
+        rights.update(admin.describe_acls(every).result(ADMIN_TIMEOUT_S))
+    return rights
 
 
 def _lists_brokers(config: Config, timeout_s: float) -> bool:
@@ -232,10 +255,7 @@ def _wait_until(is_so: Callable[[], bool], otherwise: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Listener:
-    """A port of the broker: who may come in, and how they prove it.
-
-    Another way in (mTLS, say) is another one of these in `KafkaServer._listeners`.
-    """
+    """A port of the broker: who may come in, and how they prove it."""
 
     name: str
     port: int
@@ -247,11 +267,12 @@ class Listener:
 
 
 class KafkaServer(Server, KafkaCluster):
-    """A private Kafka: one node that is broker and controller, with TLS and SCRAM.
+    """A private Kafka: one node that is broker and controller, with TLS 1.3.
 
-    Nobody may do anything that no ACL allows, except the administrator. Topics aren't
-    made by themselves. The certificates must be valid for localhost, the name that is
-    advertised.
+    A user logs in with SCRAM at one listener, or with a certificate at another, as with
+    Strimzi. Nobody may do anything that no ACL allows, except the administrator. Topics
+    aren't made by themselves. The certificates must be valid for localhost, the name
+    that is advertised.
     """
 
     name = "kafka"
@@ -265,6 +286,7 @@ class KafkaServer(Server, KafkaCluster):
     ) -> None:
         Server.__init__(self, directory)
         self._port, self._controller_port = free_port(), free_port()
+        self._certificate_port = free_port()
         self._admin_password = secrets.token_urlsafe(24)
         KafkaCluster.__init__(
             self,
@@ -278,11 +300,21 @@ class KafkaServer(Server, KafkaCluster):
 
     def client_config(self, user: str) -> Config:
         """How a user connects who was made by `create_user`; KeyError for others."""
-        # We listen on 127.0.0.1 only, and localhost may mean ::1 first. And a test that
-        # restarts the broker need not wait for the usual ten seconds.
-        return super().client_config(user) | {
-            "broker.address.family": "v4",
-            "reconnect.backoff.max.ms": "500",
+        return {**super().client_config(user), **_NEAR}
+
+    def certificate_config(self, name: str) -> Config:
+        """How a client connects that has no password but a certificate of ours.
+
+        KeyError for a name that no client certificate was made for.
+        """
+        certificate, key = self._certificates.clients[name]
+        return {
+            "bootstrap.servers": f"localhost:{self._certificate_port}",
+            "security.protocol": "SSL",
+            "ssl.ca.location": str(self.ca),
+            "ssl.certificate.location": str(certificate),
+            "ssl.key.location": str(key),
+            **_NEAR,
         }
 
     def _listeners(self) -> tuple[Listener, ...]:
@@ -298,6 +330,12 @@ class KafkaServer(Server, KafkaCluster):
                         "scram.ScramLoginModule", self._admin_password
                     ),
                 },
+            ),
+            Listener(
+                "MTLS",
+                self._certificate_port,
+                "SSL",
+                {"ssl.client.auth": "required"},
             ),
             # The controller can't use SCRAM, whose credentials it would have to know
             # before it has read them. PLAIN over TLS knows its one user, the
@@ -378,6 +416,10 @@ class KafkaServer(Server, KafkaCluster):
         return _lists_brokers(self.admin_config(), timeout_s=2)
 
 
+#: We listen on 127.0.0.1 only, and localhost may mean ::1 first. And a test that
+#: restarts the broker need not wait for the usual ten seconds.
+_NEAR: Config = {"broker.address.family": "v4", "reconnect.backoff.max.ms": "500"}
+
 _PROPERTIES = {
     "process.roles": "broker,controller",
     "node.id": "1",
@@ -390,7 +432,7 @@ _PROPERTIES = {
     "ssl.keystore.location": "keystore.pem",
     "ssl.truststore.type": "PEM",
     "ssl.truststore.location": "truststore.pem",
-    "ssl.enabled.protocols": "TLSv1.3,TLSv1.2",
+    "ssl.enabled.protocols": "TLSv1.3",
     "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
     "allow.everyone.if.no.acl.found": "false",
     "super.users": f"User:{ADMIN}",

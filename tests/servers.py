@@ -5,7 +5,7 @@ failure, elsewhere the test is skipped and says why. Must never fall back to a f
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -62,12 +62,24 @@ def running_mariadb(directory: Path, *, fast: bool = True) -> Iterator[MariaDb]:
 
 
 @contextmanager
-def private_kafka(directory: Path) -> Iterator[KafkaServer]:
+def private_kafka(
+    directory: Path,
+    *,
+    client_names: Iterable[str] = (),
+    expired_client_names: Iterable[str] = (),
+) -> Iterator[KafkaServer]:
     """A Kafka of our own in `directory`, which a test may stop, kill and restart.
 
-    Its certificate is for localhost only: 127.0.0.1 is the wrong host name.
+    Its certificate is for localhost only: 127.0.0.1 is the wrong host name. There is
+    one for each client name, too.
     """
-    certificates = make_certs(directory / "certs", hosts=["localhost"], force=True)
+    certificates = make_certs(
+        directory / "certs",
+        hosts=["localhost"],
+        client_names=client_names,
+        expired_client_names=expired_client_names,
+        force=True,
+    )
     server = KafkaServer(directory / "kafka", certificates)
     require(server.start)
     try:
