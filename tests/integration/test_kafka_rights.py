@@ -162,6 +162,7 @@ def write(config: Config, topic: str, *, is_idempotent: bool = True) -> None:
 
 def read(config: Config, topic: str) -> None:
     """Fetch a record without being in a group."""
+    ends(config, topic)
     deadline = time.monotonic() + DEADLINE_S
     with Reader(config, "in-no-group") as reader:
         places = [TopicPartition(topic, number, 0) for number in range(PARTITIONS)]
