@@ -48,6 +48,7 @@ from demo.strimzi_users import (
     PRODUCER,
     SOURCE,
     read_users,
+    suffixed,
 )
 from tests.kafka_clients import DEADLINE_S, Reader, is_let_in, produce, refusals
 from tests.servers import private_kafka
@@ -538,3 +539,9 @@ def test_a_user_that_is_not_understood_is_no_user_with_fewer_rights(
 
     with pytest.raises(ValueError, match=r"producer-user\.yaml"):
         read_users(tmp_path)
+
+
+def test_on_a_given_cluster_only_topics_have_other_names() -> None:
+    acls = suffixed(USERS[SOURCE], ".1")
+    assert [acl.name for acl in acls] == [f"{TOPIC}.1", GROUP]
+    assert [acl.operation for acl in acls] == [acl.operation for acl in USERS[SOURCE]]

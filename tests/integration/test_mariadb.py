@@ -14,7 +14,6 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
-from certs.make_certs import make_certs
 from demo.mariadb import MariaDb
 from function.api_profile import load_profile
 from function.database import connected, make_engine, transaction
@@ -344,27 +343,6 @@ def test_errors_never_quote_a_key_or_a_row(ledger: Ledger) -> None:
     assert "app:r1" not in repr(caught.value)
     assert "xxx" not in repr(caught.value)
     assert caught.value.__cause__ is None
-
-
-@pytest.mark.parametrize("host", ["right", "wrong name", "wrong ca"])
-def test_only_the_right_certificate_for_the_right_name_is_trusted(
-    mariadb_database: Database, tmp_path: Path, host: str
-) -> None:
-    env = dict(mariadb_database.env)
-    url = env["LEDGER_DATABASE_URL"]
-    if host == "wrong name":
-        env["LEDGER_DATABASE_URL"] = url.replace("@127.0.0.1:", "@127.0.0.2:")
-    if host == "wrong ca":
-        env["LEDGER_TLS_CA_FILE"] = str(make_certs(tmp_path / "other").ca)
-    engine = make_engine(settings_of(env))
-    try:
-        if host == "right":
-            require_migrated(engine)
-        else:
-            with pytest.raises(LedgerUnavailable):
-                require_migrated(engine)
-    finally:
-        engine.dispose()
 
 
 def test_server_elsewhere_is_refused_without_a_ca_to_verify_it(
