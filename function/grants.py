@@ -75,8 +75,9 @@ _RIGHTS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
         ("SELECT, DELETE, UPDATE (raw, attributes)", "quarantine"),
     ),
 }
-#: Neither DELETE nor DROP: a migration that takes something away asks for it.
-_MIGRATE: Final = "SELECT, INSERT, UPDATE, CREATE, ALTER, INDEX"
+#: DELETE is for a rule that is set anew. No DROP: the migration that takes something
+#: away asks for it.
+_MIGRATE: Final = "SELECT, INSERT, UPDATE, DELETE, CREATE, ALTER, INDEX"
 ROLES: Final = ("migrate", *_RIGHTS)
 
 _DATABASE: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -26,6 +26,7 @@ from function.model import Answer, AnswerClass, Entry, Outcome, Refused, Status,
 from function.operations import EVERYTHING, Filters, Operations, Verdict
 from function.replay import Report, Selection, from_quarantine
 from function.retention import Horizon, Retention
+from function.rules import Rules
 from tests.conftest import Database, settings_of
 from tests.integration.test_operations import (
     DAY_S,
@@ -110,8 +111,8 @@ def process(ledger: Ledger) -> None:
     assert ledger.doubt("app:r1", claim.token, UNKNOWN, is_parked=False)
     ledger.looked("app:r1")
     ledger.evidence("app:r1")
-    assert ledger.park(entry(first))
-    assert ledger.overtake(order("r3", offset=3)) == 0
+    assert ledger.park(entry(first), "looked_up_in_vain")
+    assert not ledger.overtake(order("r3", offset=3))
     assert not ledger.expire(entry(first))
     assert ledger.keep_evidence("app:r1", claim.token, DONE)
     refused = order("r4", msisdn="+393330000004")
@@ -149,9 +150,11 @@ def work_of_resolver(engine: Engine, _owner: Database) -> None:
 
 
 def work_of_operator(engine: Engine, owner: Database) -> None:
+    # One of them waits for a second person, who is looked for.
+    migrate(owner.engine, Rules(settle_s=120, second_person_above_minor=5000))
     put(owner, "app:r1", Status.PARKED)
     put(owner, "app:r2", Status.IN_DOUBT, msisdn="+1000002")
-    put(owner, "app:r3", Status.PARKED, msisdn="+1000003", amount_minor=9)
+    put(owner, "app:r3", Status.PARKED, msisdn="+1000003", amount_minor=9000)
     put_attempt(owner, "app:r1")
     put_in_quarantine(owner, key="app:r1")
     people = Operations(engine)
@@ -170,9 +173,6 @@ def work_of_operator(engine: Engine, owner: Database) -> None:
             verdict,
             reason="asked",
             reference=reference,
-            settle_s=120,
-            # One of them waits for a second person, who is looked for.
-            amount_limit_minor=1 if verdict is Verdict.ABANDON else 5000,
         )
     letters = from_quarantine(engine, Selection(), "com.example.x", Report())
     assert len(list(letters)) == 1
@@ -242,14 +242,15 @@ def empty_database(mariadb: MariaDb) -> Iterator[str]:
 
 
 def work_of_migrate(engine: Engine, mariadb: MariaDb, database: str) -> None:
-    """Make a ledger; finish one whose migration was cut."""
-    migrate(engine)
+    """Make a ledger; finish one whose migration was cut; set its rules anew."""
+    migrate(engine, Rules(settle_s=60, second_person_above_minor=5000))
     with mariadb.root_connect(database) as connection, connection.cursor() as cursor:
         cursor.execute("UPDATE alembic_version SET version_num = '0001'")
         cursor.execute("DROP TABLE pause_log")
         cursor.execute("ALTER TABLE quarantine DROP INDEX quarantined_at")
         cursor.execute("ALTER TABLE topup DROP COLUMN looked_at")
-    assert migrate(engine) == SCHEMA_REVISION
+    rules = Rules(settle_s=120, second_person_above_minor=5000)
+    assert migrate(engine, rules) == SCHEMA_REVISION
 
 
 def test_migrate_does_its_work(
@@ -335,7 +336,7 @@ def test_migrate_alters_tables_and_neither_drops_nor_grants(
         connection.exec_driver_sql("ALTER TABLE topup ADD COLUMN later INT")
     for statement in (
         "DROP TABLE topup",
-        "DELETE FROM topup",
+        "TRUNCATE TABLE attempt",
         f"GRANT SELECT ON {empty_database}.topup TO health",
         "SELECT * FROM ledger.topup",
     ):

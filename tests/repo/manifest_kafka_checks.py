@@ -163,18 +163,16 @@ def check_kafka(documents: list[Document]) -> list[str]:
 
 #: Principal -> (resource, name, operations); nothing else may be given.
 RIGHTS: Final = {
-    "topup-producer": {("topic", "topup-requests"): {"Write", "Describe"}},
+    "topup-producer": {("topic", "topup-requests"): {"Write"}},
     "topup-source": {
-        ("topic", "topup-requests"): {"Read", "Describe"},
+        ("topic", "topup-requests"): {"Read"},
         ("group", "topup-source"): {"Read"},
     },
     "topup-keda": {
         ("topic", "topup-requests"): {"Describe"},
         ("group", "topup-source"): {"Describe"},
     },
-    "topup-dead-letter-writer": {
-        ("topic", "topup-dead-letters"): {"Write", "Describe"}
-    },
+    "topup-dead-letter-writer": {("topic", "topup-dead-letters"): {"Write"}},
 }
 
 
