@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo run test check bench lock certs image clean
+.PHONY: help demo run test check crash simulate soak fuzz mutants lock certs image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,10 @@ check: $(VENV)/.dev ## Format, lint, types, unit tests: under 30 s
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit tests/repo -m "not slow"
+
+crash: $(VENV)/.demo ## Kill at every boundary, and count executions; SHORT=1: two minutes; PAGE=file: the table
+	@$(BIN)/python -m demo.services install
+	@$(BIN)/python -m proof.crash_matrix $(if $(SHORT),--short) $(if $(PAGE),--page $(PAGE)) $(ARGS)
 
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header pyproject.toml

@@ -1,0 +1,1 @@
+"""Instruments that look for a double, a loss or a wrong order; `make crash|simulate|soak|fuzz|mutants`."""
