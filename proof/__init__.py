@@ -1,1 +1,1 @@
-"""Instruments that look for a double, a loss or a wrong order; `make crash|simulate|soak|fuzz|mutants`."""
+"""Instruments that look for a double, a loss or a wrong order; `make crash|simulate|soak|fuzz|mutants`."""  # noqa: E501

@@ -275,7 +275,7 @@ def short_cells() -> list[Cell]:
 
 
 def _in_turn(boundary: Boundary, kind: Kind, turn: int) -> list[Cell]:
-    """The cells of a boundary and a kind, beginning with another behaviour each turn."""
+    """The cells of a boundary and a kind; each turn begins with others."""
     behaviours = list(Behaviour)
     start = turn * _BEHAVIOURS_SHORT % len(behaviours)
     turned = behaviours[start:] + behaviours[:start]

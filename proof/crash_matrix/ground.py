@@ -114,26 +114,31 @@ class Server:
         self.execute(
             f"CREATE DATABASE {database} CHARACTER SET utf8mb4",
             *(f"CREATE TABLE {database}.{n} LIKE {_TEMPLATE}.{n}" for n in names),
-            f"INSERT INTO {database}.alembic_version"
-            f" SELECT * FROM {_TEMPLATE}.alembic_version",
         )
         try:
             yield
         finally:
             self.execute(f"DROP DATABASE {database}")
 
-    def execute(self, *statements: str) -> None:
+    def execute(self, *statements: str, database: str | None = None) -> None:
         """Run statements as the administrator, each committed by itself."""
-        with self._server.root_connect() as connection, connection.cursor() as cursor:
+        with (
+            self._server.root_connect(database) as connection,
+            connection.cursor() as cursor,
+        ):
             for statement in statements:
                 cursor.execute(statement)
 
-    def rows(self, query: str) -> Sequence[Mapping[str, Any]]:
-        """What a query finds."""
-        with self._server.root_connect() as connection:
-            with connection.cursor(pymysql.cursors.DictCursor) as cursor:
-                cursor.execute(query)
-                return cursor.fetchall()
+    def rows(
+        self, query: str, *values: object, database: str | None = None
+    ) -> Sequence[Mapping[str, Any]]:
+        """What a query finds, with its values for each %s."""
+        with (
+            self._server.root_connect(database) as connection,
+            connection.cursor(pymysql.cursors.DictCursor) as cursor,
+        ):
+            cursor.execute(query, values)
+            return cursor.fetchall()
 
 
 class Rig:
@@ -209,10 +214,11 @@ class Ground:
             return
         key = key_of(FIRST)
         met = self._rows(
-            "SELECT 1 FROM {}.attempt"
-            f" WHERE idempotency_key = '{key}' AND is_sent = 0 UNION ALL "
-            "SELECT 1 FROM {}.topup"
-            f" WHERE idempotency_key = '{key}' AND status = 'parked'"
+            "SELECT 1 FROM attempt WHERE idempotency_key = %s AND is_sent = 0"
+            " UNION ALL "
+            "SELECT 1 FROM topup WHERE idempotency_key = %s AND status = 'parked'",
+            key,
+            key,
         )
         if met:
             self.recover()
@@ -254,24 +260,23 @@ class Ground:
 
     def pause(self) -> None:
         """Be the operator who stops everything."""
-        self.rig.server.execute(
-            f"INSERT INTO {self._database}.pause (scope, reason) VALUES ('*', 'a test')"
-        )
+        statement = "INSERT INTO pause (scope, reason) VALUES ('*', 'a test')"
+        self.rig.server.execute(statement, database=self._database)
 
     def resume(self) -> None:
         """Be the operator who lets everything go on."""
-        self.rig.server.execute(f"DELETE FROM {self._database}.pause")
+        self.rig.server.execute("DELETE FROM pause", database=self._database)
 
     def statuses(self) -> dict[str, str]:
         """The ledger's word on every order, by name."""
-        rows = self._rows("SELECT idempotency_key, status FROM {}.topup")
+        rows = self._rows("SELECT idempotency_key, status FROM topup")
         return {
             str(row["idempotency_key"]).partition(":")[2]: str(row["status"])
             for row in rows
         }
 
-    def _rows(self, query: str) -> Sequence[Mapping[str, Any]]:
-        return self.rig.server.rows(query.replace("{}", self._database))
+    def _rows(self, query: str, *values: object) -> Sequence[Mapping[str, Any]]:
+        return self.rig.server.rows(query, *values, database=self._database)
 
     def _kept(self, life: Life) -> Life:
         self._lives.append(life)

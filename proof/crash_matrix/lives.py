@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Final
 
@@ -49,7 +48,7 @@ class Nursery:
     """Starts lives; forks them from one warm parent."""
 
     def __init__(self) -> None:
-        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(_WARM))
         self._lock = threading.Lock()
         self._ports: set[int] = set()

@@ -30,7 +30,7 @@ from proof.crash_matrix.wires import (
     Wire,
 )
 
-#: A cell takes about ten seconds; on two cores that others use, too, several times that.
+#: A cell takes about ten seconds; on two busy cores several times that.
 _TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.15
 _REQUEST_TIMEOUT_S: Final = 20.0
@@ -159,8 +159,7 @@ def _victim(
     ground: Ground, moment: Moment, start: Callable[..., Life]
 ) -> Iterator[tuple[Life, Trigger, Tap]]:
     """Whoever is to die, behind wires; also who delivers to it must use its tap."""
-    lives: list[Life] = []
-    trigger = Trigger(moment, lambda: lives[0].kill())
+    trigger = Trigger(moment)
     loop, key = ground.rig.loop, key_of(FIRST)
     taps: list[Tap] = []
 
@@ -181,7 +180,7 @@ def _victim(
             api = tapped(ground.api.port, lambda: ApiWire(trigger, has_executed))
             api_port = api.port
         life = start(database_port=database.port, api_port=api_port)
-        lives.append(life)
+        trigger.aim(life.kill)
         front = tapped(life.port, lambda: FrontWire(trigger))
         yield life, trigger, front
     finally:

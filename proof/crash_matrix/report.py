@@ -114,7 +114,7 @@ def _lines(results: Sequence[Result], facts: Mapping[str, str]) -> Iterator[str]
     yield f"| cells | {figures.cells} |"
     yield f"| killed by SIGKILL at their boundary | {figures.kills} |"
     yield f"| boundary can't be reached, and was not | {figures.unreachable} |"
-    yield f"| executions by the API's book, bystanders included | {figures.executions} |"
+    yield f"| executions, by the API's book | {figures.executions} |"
     yield f"| **executed twice** | **{figures.doubles}** |"
     yield f"| parked for a person, in the ledger | {figures.parked} |"
     yield f"| not as promised | {figures.red} |"
@@ -144,20 +144,31 @@ def _lines(results: Sequence[Result], facts: Mapping[str, str]) -> Iterator[str]
 _HEAD: Final = """\
 # The crash matrix
 
-Who is killed where, under which behaviour of which kind of recharge API, and how often the API executed the order in the end.
-`make crash` makes this page (about 20 minutes on two cores), `make crash SHORT=1` plays every boundary with every kind.
+Who is killed where, under which behaviour of which kind of recharge API, and how often
+the API executed the order in the end.
+`make crash PAGE=docs/crash-matrix.md` makes this page; `make crash SHORT=1` plays every
+boundary with every kind, two behaviours each.
 
-Each cell has its own ledger on MariaDB, its own sandbox API with its book, and processes of its own; the function runs unchanged under gunicorn.
-It reaches its caller, its database and the API only through proxies that read what passes (`proof/crash_matrix/wires.py`).
-At the boundary its whole process group gets SIGKILL, and nothing of it passes any more; the request must have died without a response.
-Then a new process takes over, a faithful source delivers again, a resolver runs, and the API's book is read after everything has ended.
-A cell is green only if also the subscriber's next order ran after it and once, another subscriber did not wait, the ledger agrees with the book, and every order is answered as the contract says.
+Each cell has its own ledger on MariaDB, its own sandbox API with its book, and
+processes of its own; the function runs unchanged under gunicorn.
+It reaches its caller, its database and the API only through proxies that read what
+passes (`proof/crash_matrix/wires.py`).
+At the boundary its whole process group gets SIGKILL, and nothing of it passes any more;
+the request that was under way must end without a response.
+Then a new process takes over, a faithful source delivers again, a resolver runs, and
+the API's book is read after everything has ended.
+A cell is green only if also the subscriber's next order ran after it and once, another
+subscriber did not wait, the ledger agrees with the book, and every order, delivered
+once more, is answered as the contract says.
 
-`1`: executed once, succeeded.
-`no`: refused by the API, executed never, rejected.
-`P0`, `P1`: parked for a person, executed never or once; what follows for the subscriber is held.
-In brackets: the boundary can't be reached under that behaviour (`make crash` checks that it isn't); the order ends so all the same.
-`resolver_…`: the resolver dies while it runs held orders, or, at `look_up` and `verdict`, settles what a dead function has left.
+- `1`: executed once, succeeded.
+- `no`: refused by the API, never executed, rejected.
+- `P0`, `P1`: parked for a person, executed never or once; the subscriber's next order
+  is held behind it.
+- In brackets: the boundary can't be reached under that behaviour, which is checked;
+  how the order ends without a death.
+- `resolver_…`: the resolver dies while it runs two held orders or, at `look_up` and
+  `verdict`, while it settles what a dead function has left.
 """.splitlines()
 
 

@@ -52,14 +52,14 @@ class Trigger:
     """Springs once, at one moment; lives in the loop's thread.
 
     Args:
-        moment: None: never.
-        kill: sends SIGKILL to the victim's whole process group.
+        moment: when.
 
     """
 
-    def __init__(self, moment: Moment | None, kill: Callable[[], None]) -> None:
+    def __init__(self, moment: Moment) -> None:
         self._moment = moment
-        self._kill = kill
+        self._kill: Callable[[], None] | None = None
+        self._is_due = False
         #: From then on nothing more of the victim passes any wire.
         self.is_sprung = False
         #: Calls to recharge that were begun; only the first one's moments count.
@@ -67,18 +67,23 @@ class Trigger:
 
     def springs_at(self, moment: Moment | None) -> bool:
         """Whether this is the moment."""
-        if moment is None or moment is not self._moment or self.is_sprung:
+        if moment is not self._moment or self.is_sprung:
             return False
         self.is_sprung = True
         return True
 
-    def disarm(self) -> None:
-        """Spring no more: what comes is not what the cell is about."""
-        self._moment = None
+    def aim(self, kill: Callable[[], None]) -> None:
+        """Be told how to send SIGKILL to the victim's group, from any thread."""
+        self._kill = kill
+        if self._is_due:
+            # It came to the moment before its start had returned.
+            kill()
 
     def kill(self) -> None:
         """End the victim."""
-        self._kill()
+        self._is_due = True
+        if self._kill is not None:
+            self._kill()
 
 
 class Wire(Protocol):
