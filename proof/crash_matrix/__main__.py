@@ -81,6 +81,7 @@ _SHOWN_MAX: Final = 10
     show_default=True,
     help="Cells that run side by side.",
 )
+@click.option("--first", is_flag=True, help="Stop at the first cell that is red.")
 @click.option(
     "--directory",
     type=click.Path(file_okay=False, path_type=Path),
@@ -99,6 +100,7 @@ def main(
     behaviours: Sequence[str],
     kinds: Sequence[str],
     at_once: int,
+    first: bool,
     directory: Path,
     page: Path | None,
 ) -> None:
@@ -114,7 +116,7 @@ def main(
     if not cells:
         raise click.UsageError("the short form has no such cell: leave --short out")
     try:
-        status = _run(cells, at_once, directory.absolute(), page)
+        status = _run(cells, at_once, directory.absolute(), page, is_first=first)
     except (ServiceMissing, ServerError) as error:
         click.echo(f"crash matrix: {error}", err=True)
         status = _BROKEN
@@ -125,7 +127,12 @@ def main(
 
 
 def _run(
-    cells: Sequence[Cell], at_once: int, directory: Path, page: Path | None
+    cells: Sequence[Cell],
+    at_once: int,
+    directory: Path,
+    page: Path | None,
+    *,
+    is_first: bool,
 ) -> int:
     _empty(directory)
     began_s, today = time.monotonic(), datetime.now(UTC).date()
@@ -134,7 +141,7 @@ def _run(
         server = Server(Path(folder))
         with server.started() as version:
             rig = Rig(server, loop, directory / "cells")
-            results = _play_all(cells, rig, at_once)
+            results = _play_all(cells, rig, at_once, is_first=is_first)
     facts = {
         "date": today.isoformat(),
         "MariaDB": version,
@@ -147,8 +154,13 @@ def _run(
     return _say(results, directory)
 
 
-def _play_all(cells: Sequence[Cell], rig: Rig, at_once: int) -> list[Result]:
-    """Play them side by side; returned in the order of `cells`."""
+def _play_all(
+    cells: Sequence[Cell], rig: Rig, at_once: int, *, is_first: bool
+) -> list[Result]:
+    """Play them side by side, as far as the first red one if that is enough.
+
+    Returned in the order of `cells`.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -170,9 +182,11 @@ def _play_all(cells: Sequence[Cell], rig: Rig, at_once: int) -> list[Result]:
                 reds = sum(each.is_red for each in results.values())
                 word = f"killing, {reds} red" if reds else "killing"
                 bar.update(task, advance=1, description=word)
+                if reds and is_first:
+                    break
     finally:
         pool.shutdown(cancel_futures=True)
-    return [results[cell] for cell in cells]
+    return [results[cell] for cell in cells if cell in results]
 
 
 def _play(cell: Cell, rig: Rig) -> Result:
