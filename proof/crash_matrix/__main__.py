@@ -185,6 +185,7 @@ def _play_all(
                 if reds and is_first:
                     break
     finally:
+        rig.stopping.set()
         pool.shutdown(cancel_futures=True)
     return [results[cell] for cell in cells if cell in results]
 

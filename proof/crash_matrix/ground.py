@@ -149,6 +149,8 @@ class Rig:
         self.loop = loop
         self.directory = directory
         self.nursery = Nursery()
+        #: Set when no cell need come to its end any more.
+        self.stopping = threading.Event()
         self._lock = threading.Lock()
         self._number = 0
 

@@ -182,7 +182,8 @@ def _become(env: dict[str, str], log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.close(output)
+    # Among what we inherit is the pipe by which our parent sees that the run has ended.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
     os.environ.update(env)
     os.chdir(PROJECT)

@@ -208,9 +208,8 @@ def _wait_until(is_so: Callable[[], bool], what: str, ground: Ground) -> None:
     end_s = time.monotonic() + _TIMEOUT_S
     while not is_so():
         ground.recover_if_refused()
-        if time.monotonic() > end_s:
+        if time.monotonic() > end_s or ground.rig.stopping.wait(_POLL_S):
             raise TookTooLong(what)
-        time.sleep(_POLL_S)
 
 
 class _Source:
@@ -236,10 +235,10 @@ class _Source:
             if is_done(answer):
                 self.done.add(name)
                 return
-            if time.monotonic() > end_s:
+            is_late = time.monotonic() > end_s
+            if is_late or self._ground.rig.stopping.wait(_POLL_S):
                 raise TookTooLong(f"{name} is answered {answer} for ever")
             self._ground.recover_if_refused()
-            time.sleep(_POLL_S)
 
     def deliver(self, name: str, port: int) -> int | None:
         """Deliver once; None if the connection ended without a response."""

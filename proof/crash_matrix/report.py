@@ -119,7 +119,7 @@ def _lines(results: Sequence[Result], facts: Mapping[str, str]) -> Iterator[str]
     yield f"| parked for a person, in the ledger | {figures.parked} |"
     yield f"| not as promised | {figures.red} |"
     yield ""
-    yield "Run of " + ", ".join(f"{what} {fact}" for what, fact in facts.items()) + "."
+    yield ", ".join(f"{what} {fact}" for what, fact in facts.items())
     by_cell = {result.cell: result for result in results}
     for kind in Kind:
         yield ""
