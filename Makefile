@@ -43,7 +43,7 @@ check: $(VENV)/.dev ## Format, lint, types, unit tests: under 30 s
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit tests/repo -m "not slow"
 
-crash: $(VENV)/.demo ## Kill at every boundary, and count executions; SHORT=1: two minutes; PAGE=file: the table
+crash: $(VENV)/.demo ## Kill at every boundary, and count executions; SHORT=1: in three minutes
 	@$(BIN)/python -m demo.services install
 	@$(BIN)/python -m proof.crash_matrix $(if $(SHORT),--short) $(if $(PAGE),--page $(PAGE)) $(ARGS)
 

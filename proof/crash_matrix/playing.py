@@ -99,16 +99,14 @@ def _kill_function(
     ground.misbehave()
     with _victim(ground, moment, ground.function) as (victim, trigger, front):
         answer = source.deliver(FIRST, front.port)
-        if trigger.is_sprung:
+        was_killed = trigger.is_sprung
+        if was_killed:
             victim.wait_until_dead()
-            if is_done(answer):
-                source.done.add(FIRST)
-            return (answer,), ground.function()
-    # It has answered, so it is idle; whoever comes after it has no wires.
+    # Else it has answered and is idle; whoever comes after it has no wires.
     victim.end()
     if is_done(answer):
         source.done.add(FIRST)
-    return None, ground.function()
+    return ((answer,) if was_killed else None), ground.function()
 
 
 def _kill_resolver(ground: Ground, source: "_Source") -> tuple[_Death, Life]:

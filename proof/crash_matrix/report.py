@@ -109,6 +109,7 @@ def markdown(results: Sequence[Result], facts: Mapping[str, str]) -> str:
 def _lines(results: Sequence[Result], facts: Mapping[str, str]) -> Iterator[str]:
     figures = Figures.of(results)
     yield from _HEAD
+    yield ""
     yield "| figure | |"
     yield "|---|--:|"
     yield f"| cells | {figures.cells} |"
@@ -166,7 +167,7 @@ once more, is answered as the contract says.
 - `P0`, `P1`: parked for a person, executed never or once; the subscriber's next order
   is held behind it.
 - In brackets: the boundary can't be reached under that behaviour, which is checked;
-  how the order ends without a death.
+  how the order ends without that death.
 - `resolver_…`: the resolver dies while it runs two held orders or, at `look_up` and
   `verdict`, while it settles what a dead function has left.
 """.splitlines()
