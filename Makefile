@@ -50,6 +50,10 @@ crash: $(VENV)/.demo ## Kill at every boundary, and count executions; SHORT=1: i
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header pyproject.toml
 
+mutants: $(VENV)/.dev ## Break each guard in a copy, and see which instrument notices; INSTRUMENT=tests: by that alone
+	@$(BIN)/python -m demo.services install
+	@$(BIN)/python -m proof.mutate $(if $(INSTRUMENT),--instrument $(INSTRUMENT)) $(ARGS)
+
 lock: $(VENV)/.dev ## Write the lock files anew, with hashes and without addresses
 	@$(LOCK) --extra demo --extra cluster --extra dev --output-file requirements-dev.lock
 	@$(LOCK) --extra demo --constraint requirements-dev.lock --output-file requirements-demo.lock

@@ -1,5 +1,6 @@
 """What the ledger promises, on SQLite and on MariaDB alike."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -347,6 +348,21 @@ def test_lease_runs_by_the_databases_clock(ledger: Ledger, database: Database) -
     assert entry.doubts == 1
     (evidence,) = database.rows("attempt")
     assert evidence["reason"] == "lease_over"
+
+
+@pytest.mark.parametrize("wrong_s", [-3600, 3600])
+def test_pods_wrong_clock_moves_no_lease(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, wrong_s: float
+) -> None:
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + wrong_s)
+    claimed(ledger, order())
+    monkeypatch.undo()
+
+    entry = entry_of(ledger, order())
+    assert not entry.is_lease_over
+    assert entry.sent_age_s is not None
+    assert abs(entry.sent_age_s) < 60
 
 
 def test_expired_lease_fences_the_attempt_that_lost_it(
