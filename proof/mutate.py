@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ TIMEOUT_S: Final = 900.0
 
 #: Instrument -> its command, in the form that is quick enough to be run often. `tests`
 #: takes what the breakage names.
-INSTRUMENTS: Final[Mapping[str, tuple[str, ...]]] = {
+INSTRUMENTS: Final[dict[str, tuple[str, ...]]] = {
     "simulate": ("-m", "proof.simulate", "--runs", "4000", "--seed", "1"),
     "fuzz": ("-m", "proof.fuzz", "--short"),
     "tests": ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
