@@ -43,7 +43,7 @@ INSTRUMENTS: Final[dict[str, tuple[str, ...]]] = {
     "simulate": ("-m", "proof.simulate", "--runs", "4000", "--seed", "1"),
     "fuzz": ("-m", "proof.fuzz", "--short"),
     "tests": ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-    "crash": ("-m", "proof.crash_matrix", "--short"),
+    "crash": ("-m", "proof.crash_matrix", "--short", "--first"),
     "soak": ("-m", "proof.soak", "--minutes", "1", "--seed", "1"),
 }
 #: What a run says by its exit status: that it found something, as pytest does, too.
