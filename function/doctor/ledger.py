@@ -257,13 +257,11 @@ def _rights(facts: LedgerFacts) -> Iterator[Diagnosis]:
             )
         held |= found
     needed = _of_role("function", facts.database)
-    # The resolver's, which is the function's and one reading right more.
-    allowed = needed | _of_role("resolver", facts.database)
     beyond = sorted(
         {
             f"{right} on {scope.replace('`', '')}"
             for right, column, scope in held
-            if right != "USAGE" and not _covers(allowed, (right, column, scope))
+            if right != "USAGE" and not _covers(needed, (right, column, scope))
         }
     )
     lacking = sorted(

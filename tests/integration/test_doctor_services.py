@@ -116,11 +116,8 @@ NO_REPLICA: Final = (
 )
 
 
-@pytest.mark.parametrize("role", ["function", "resolver"])
-def test_durable_database_with_the_right_account_is_fine(
-    account: Account, role: str
-) -> None:
-    found = told(account(*grants_of(role, "ledger")))
+def test_durable_database_with_the_right_account_is_fine(account: Account) -> None:
+    found = told(account(*grants_of("function", "ledger")))
 
     assert bad(found) == [NO_REPLICA]
     fine = " ".join(each["message"] for each in found)
