@@ -129,7 +129,8 @@ class MariaDbServer(Server, MariaDb):
     Durable as production must be (every commit and its binary log are on disk when it
     is acknowledged); with `fast` it has no binary log and writes to disk once a second,
     for suites that never cut the power: a killed process loses nothing either way.
-    `options` are further options of mariadbd.
+    `options` are further options of mariadbd; what is changed counts from the next
+    start on.
     """
 
     name = "mariadb"
@@ -146,7 +147,7 @@ class MariaDbServer(Server, MariaDb):
         MariaDb.__init__(self, host=LOOPBACK, port=free_port(), ca=certificates.ca)
         self._certificates = certificates
         self._durability = _FAST if fast else _DURABLE
-        self._options = tuple(options)
+        self.options = tuple(options)
         self._data = self.directory / "data"
         self._socket = self.directory / "mariadb.sock"
         self._init_file = self.directory / "health.sql"
@@ -220,7 +221,7 @@ class MariaDbServer(Server, MariaDb):
             "--default-time-zone=+00:00",
             *_SIZES,
             *self._durability,
-            *self._options,
+            *self.options,
         ]
 
     def _answers(self) -> bool:

@@ -6,6 +6,7 @@ never import `function`: what is shown is what runs by itself.
 """
 
 import http.client
+import json
 import os
 import sys
 import time
@@ -17,7 +18,13 @@ from typing import Final, Self
 import requests
 
 from demo.faults import Script
-from demo.server_process import LOOPBACK, PROJECT, ProcessGroup, free_port
+from demo.server_process import (
+    LOOPBACK,
+    PROJECT,
+    ProcessGroup,
+    free_port,
+    write_private,
+)
 
 #: It takes about a second; on a busy laptop it may take long.
 START_TIMEOUT_S: Final = 45.0
@@ -99,11 +106,34 @@ class Part:
             self._group.kill()
             self._group = None
 
-    def stop(self) -> None:
-        """End it in order by SIGTERM."""
+    def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
+        """End it in order by SIGTERM, by SIGKILL when that takes too long."""
         if self._group is not None:
-            self._group.terminate(_STOP_TIMEOUT_S)
+            self._group.terminate(timeout_s)
             self._group = None
+
+    def pause(self) -> None:
+        """Stop it by SIGSTOP: it keeps its connections, and answers nobody.
+
+        Raises:
+            PartFailed: it does not run.
+
+        """
+        self._running().pause()
+
+    def resume(self) -> None:
+        """Let it go on.
+
+        Raises:
+            PartFailed: it does not run.
+
+        """
+        self._running().resume()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it was started, and has not ended by itself."""
+        return self._group is not None and self._group.process.poll() is None
 
     def failed(self, what: str) -> PartFailed:
         """The error that says so, and which log to read."""
@@ -153,14 +183,16 @@ class FunctionPart(Part):
             PartFailed: it does not answer.
 
         """
-        command: list[str | Path] = [
+        self.run(self._command(), self._env)
+        self.wait_until(self._answers, START_TIMEOUT_S)
+
+    def _command(self) -> list[str | Path]:
+        return [
             Path(sys.executable).with_name("functions-framework"),
             *("--source", self._source, "--target", "handle_topup"),
             *("--signature-type", self._signature),
             *("--host", LOOPBACK, "--port", str(self.port)),
         ]
-        self.run(command, self._env)
-        self.wait_until(self._answers, START_TIMEOUT_S)
 
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=5)
@@ -175,11 +207,89 @@ class FunctionPart(Part):
         return True
 
 
+class PodPart(FunctionPart):
+    """The function under gunicorn with function/gunicorn.conf.py, as in its image.
+
+    Args:
+        log: its log.
+        source: the file with `handle_topup`.
+        signature: what functions-framework calls the kind of target.
+        name: what it is called in messages.
+
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *,
+        source: str = "function/main.py",
+        signature: str = "http",
+        name: str = "the function",
+    ) -> None:
+        super().__init__(log, source=source, signature=signature)
+        self.name = name
+
+    def start(self, env: Mapping[str, str]) -> None:
+        """Start it with these settings; on return it answers.
+
+        Raises:
+            PartFailed: it does not.
+
+        """
+        super().start({**env, "PORT": str(self.port)})
+
+    def _command(self) -> list[str | Path]:
+        target = f"'handle_topup', '{self._source}', '{self._signature}'"
+        return [
+            Path(sys.executable).with_name("gunicorn"),
+            *("--config", "function/gunicorn.conf.py"),
+            *("--bind", f"{LOOPBACK}:{self.port}"),
+            f"functions_framework:create_app({target})",
+        ]
+
+
+class SourcePart(Part):
+    """A stand-in source in a process of its own, a member of a consumer group.
+
+    Args:
+        name: what it is called in messages.
+        log: its log.
+        kafka: how it connects; contains a password, and is kept in a private file.
+        options: of `python -m demo.kafka_source`, beside the connection.
+
+    """
+
+    def __init__(
+        self,
+        name: str,
+        log: Path,
+        *,
+        kafka: Mapping[str, str | int | bool],
+        options: Mapping[str, str | Path],
+    ) -> None:
+        super().__init__(f"the source {name}", log)
+        self._kafka = kafka
+        self._options = options
+
+    def start(self) -> None:
+        """Start it; it joins the group in its own time."""
+        config = self.log.with_suffix(".kafka.json")
+        write_private(config, json.dumps(self._kafka))
+        command: list[str | Path] = [
+            *(sys.executable, "-m", "demo.kafka_source"),
+            *("--bootstrap-servers", str(self._kafka["bootstrap.servers"])),
+            *("--config", config),
+        ]
+        for option, value in self._options.items():
+            command += [option, value]
+        self.run(command, {})
+
+
 class ResolverPart(Part):
     """The resolver: `topup resolver run`."""
 
-    def __init__(self, log: Path) -> None:
-        super().__init__("the resolver", log)
+    def __init__(self, log: Path, *, name: str = "the resolver") -> None:
+        super().__init__(name, log)
 
     def start(self, env: Mapping[str, str]) -> None:
         """Start it with the settings of the function beside it."""

@@ -101,6 +101,18 @@ class ProcessGroup:
             self.process.wait(timeout_s)
         self.kill()
 
+    def pause(self) -> None:
+        """Stop the whole group by SIGSTOP, as a frozen machine would; `resume` ends it.
+
+        The guard goes on: it must be able to kill what it guards.
+        """
+        os.killpg(self.id, signal.SIGSTOP)
+        self._guard.send_signal(signal.SIGCONT)
+
+    def resume(self) -> None:
+        """Let the group go on; no effect if it was not paused."""
+        os.killpg(self.id, signal.SIGCONT)
+
     def kill(self) -> None:
         """End the whole group by SIGKILL; it is gone when this returns."""
         self._end_guard()
@@ -186,6 +198,14 @@ class Server:
             self._group.kill()
             self._group = None
 
+    def pause(self) -> None:
+        """Stop it by SIGSTOP: it keeps its connections, and answers nobody."""
+        self._running().pause()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._running().resume()
+
     def restart(self) -> None:
         """Stop it if it runs, and start it again."""
         self.stop()
@@ -194,9 +214,12 @@ class Server:
     @property
     def process_group_id(self) -> int:
         """The id of the running process group."""
+        return self._running().id
+
+    def _running(self) -> ProcessGroup:
         if self._group is None:
             raise RuntimeError(f"{self.name} is not running")
-        return self._group.id
+        return self._group
 
     def __enter__(self) -> Self:
         self.start()

@@ -28,9 +28,10 @@ from demo.processes import (
     PartFailed,
     RechargeApiPart,
     ResolverPart,
+    SourcePart,
 )
 from demo.producers import App, Records, Shape, write_dead_letters
-from demo.server_process import PROJECT, free_port, write_private
+from demo.server_process import PROJECT, free_port
 from demo.subject import DEADLINES, GROUP, Subject
 
 #: A retry budget of 11 s: longer than every outage of the story, short enough that
@@ -172,27 +173,24 @@ class Stage:
 
     def source_process(self, name: str) -> Part:
         """A source in a process of its own, in the same consumer group, started."""
-        part = Part(f"the source {name}", self.directory / f"{name}.log")
-        config = self.directory / "source-kafka.json"
-        write_private(config, json.dumps(self.grounds.source))
-        options: dict[str, str | Path] = {
-            "--bootstrap-servers": str(self.grounds.source["bootstrap.servers"]),
-            "--config": config,
-            "--topic": self.grounds.topic,
-            "--group": GROUP,
-            "--sink": self.function.url,
-            "--dead-letter-sink": self._dead_letters.url,
-            "--retry": str(RETRY),
-            "--backoff-policy": "linear",
-            "--backoff-delay": f"PT{BACKOFF_DELAY_S}S",
-            "--timeout": f"PT{DELIVERY_TIMEOUT_S}S",
-            "--extension": f"topic={self.grounds.topic}",
-            "--journal": self.journal(name),
-        }
-        command: list[str | Path] = [sys.executable, "-m", "demo.kafka_source"]
-        for option, value in options.items():
-            command += [option, value]
-        self._stack.enter_context(part).run(command, {})
+        part = SourcePart(
+            name,
+            self.directory / f"{name}.log",
+            kafka=self.grounds.source,
+            options={
+                "--topic": self.grounds.topic,
+                "--group": GROUP,
+                "--sink": self.function.url,
+                "--dead-letter-sink": self._dead_letters.url,
+                "--retry": str(RETRY),
+                "--backoff-policy": "linear",
+                "--backoff-delay": f"PT{BACKOFF_DELAY_S}S",
+                "--timeout": f"PT{DELIVERY_TIMEOUT_S}S",
+                "--extension": f"topic={self.grounds.topic}",
+                "--journal": self.journal(name),
+            },
+        )
+        self._stack.enter_context(part).start()
         return part
 
     def post_directly(self, body: bytes, msisdn: str) -> int:
