@@ -7,6 +7,7 @@ what the ledger is judged by.
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -96,11 +97,23 @@ class Book:
             ValueError: a whole line is unreadable; then nothing can be judged.
 
         """
+        return list(self.stream())
+
+    def stream(self) -> Iterator[BookEntry]:
+        """All entries, one at a time: a book may be larger than memory should be.
+
+        Raises:
+            ValueError: as `entries`.
+
+        """
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            file = self.path.open("rb")
         except FileNotFoundError:
-            return []
-        return [BookEntry.from_json(line) for line in lines[:-1]]
+            return
+        with file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield BookEntry.from_json(line)
 
     def calls(self) -> list[BookEntry]:
         """Every POST that was read, whatever came of it."""

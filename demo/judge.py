@@ -9,7 +9,7 @@ forgotten: rejected, in quarantine, in doubt or held, where a person finds it.
     (`unique`)           + quarantined + missing
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Final, Literal
@@ -133,7 +133,7 @@ class Verdict:
 
 def judge(
     sent: Sequence[Sent],
-    book: Sequence[BookEntry],
+    book: Iterable[BookEntry],
     ledger: LedgerView,
     *,
     names: Mapping[str, str] | None = None,
@@ -144,7 +144,7 @@ def judge(
 
     Args:
         sent: every record of the topic, and every body that was posted directly.
-        book: the recharge API's entries, in its order.
+        book: the recharge API's entries, in its order; read once, none is kept.
         ledger: what can be seen of that which was not executed.
         names: the key that the API was given -> the order's idempotency key; what
             is not in it is the idempotency key itself.
@@ -176,7 +176,7 @@ def judge(
         in_doubt=len(in_doubt),
         in_doubt_executed=sum(fates[key] == "executed" for key in in_doubt),
         held=count.count("held"),
-        calls=sum(entry.entry == "called" for entry in book),
+        calls=case.calls,
         redeliveries=delivered.redeliveries,
         dead_lettered=delivered.dead_lettered,
         seconds=round(seconds, 1),
@@ -193,7 +193,7 @@ class _Case:
     def __init__(
         self,
         sent: Sequence[Sent],
-        book: Sequence[BookEntry],
+        book: Iterable[BookEntry],
         ledger: LedgerView,
         names: Mapping[str, str],
     ) -> None:
@@ -210,7 +210,9 @@ class _Case:
             self._places.setdefault(record.key, []).append(record.place)
         #: How often each order was executed; the first execution's place is its own.
         self.executions: dict[str, int] = {}
+        self.calls = 0
         for entry in book:
+            self.calls += entry.entry == "called"
             if entry.entry == "executed":
                 key = names.get(entry.key, entry.key)
                 self.executions[key] = self.executions.get(key, 0) + 1

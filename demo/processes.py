@@ -17,7 +17,7 @@ from typing import Final, Self
 
 import requests
 
-from demo.faults import Script
+from demo.faults import RANDOM_FAULTS, Fault, Script
 from demo.server_process import (
     LOOPBACK,
     PROJECT,
@@ -302,16 +302,29 @@ class RechargeApiPart(Part):
     def __init__(self, log: Path, *, book: Path) -> None:
         super().__init__("the sandbox recharge API", log)
         self._book = book
-        self._port, self._control_port = free_port(), free_port()
+        self.port, self._control_port = free_port(), free_port()
         self._port_file = log.with_suffix(".ports")
 
     @property
     def url(self) -> str:
         """The address of the API."""
-        return f"http://{LOOPBACK}:{self._port}"
+        return f"http://{LOOPBACK}:{self.port}"
 
-    def start(self, kind: str) -> None:
+    def start(
+        self,
+        kind: str,
+        *,
+        seed: int = 0,
+        fault_rate: float = 0.0,
+        faults: Sequence[Fault] = RANDOM_FAULTS,
+    ) -> None:
         """Start it as an API of this kind; its book goes on.
+
+        Args:
+            kind: what it does with a repeated key.
+            seed: of the faults that chance picks.
+            fault_rate: the share of recharges that chance spoils, 0 to 1.
+            faults: what chance picks from.
 
         Raises:
             PartFailed: it does not answer.
@@ -322,7 +335,9 @@ class RechargeApiPart(Part):
         command: list[str | Path] = [
             *(sys.executable, "-m", "demo.recharge_api", "--kind", kind),
             *("--book", self._book, "--port-file", self._port_file),
-            *("--port", str(self._port), "--control-port", str(self._control_port)),
+            *("--port", str(self.port), "--control-port", str(self._control_port)),
+            *("--seed", str(seed), "--fault-rate", str(fault_rate)),
+            *("--faults", ",".join(faults)),
         ]
         self.run(command, {})
         self.wait_until(self._port_file.exists, START_TIMEOUT_S)
@@ -331,13 +346,22 @@ class RechargeApiPart(Part):
         """Script a fault."""
         self._tell("POST", "/faults", [asdict(script)])
 
+    def spoil_by_chance(self, rate: float) -> None:
+        """Spoil this share of recharges from now on, 0 to 1."""
+        self._tell("POST", "/chance", {"rate": rate})
+
     def refuse_connections(self, seconds: float) -> None:
         """Be unreachable from now on; 0 ends it."""
         self._tell("POST", "/outage", {"seconds": seconds})
 
-    def recover(self) -> None:
-        """Forget every fault and listen again."""
+    def forget_scripts(self) -> None:
+        """Play no scripted fault any more; chance goes on."""
         self._tell("DELETE", "/faults")
+
+    def recover(self) -> None:
+        """Forget every fault, chance included, and listen again."""
+        self.forget_scripts()
+        self.spoil_by_chance(0)
         self.refuse_connections(0)
 
     def _tell(self, method: str, path: str, document: object = None) -> None:

@@ -283,6 +283,8 @@ class _Recharges:
     def __init__(self, settings: _Settings, book: Path, scripts: Scripts) -> None:
         self._settings = settings
         self._scripts = scripts
+        #: The share of recharges that chance spoils, 0 to 1.
+        self.fault_rate = settings.fault_rate
         self._lock = threading.Lock()
         self._calls: Counter[str] = Counter()
         self._executions: Counter[str] = Counter()
@@ -413,7 +415,7 @@ class _Recharges:
             key,
             self._calls[key] + 1,
             seed=self._settings.seed,
-            fault_rate=self._settings.fault_rate,
+            fault_rate=self.fault_rate,
             faults=self._settings.faults,
         )
 
@@ -764,6 +766,8 @@ class _ControlHandler(_Handler):
                     self.server.api.add_faults(*map(Script.from_json, document))
                 case "/outage":
                     self.server.api.outage(float(document["seconds"]))
+                case "/chance":
+                    self.server.api.spoil_by_chance(float(document["rate"]))
                 case _:
                     return self.send(_no_such_page())
         except (_InvalidRequestError, ValueError, TypeError, KeyError) as error:
@@ -927,6 +931,10 @@ class SandboxRechargeApi:
     def clear_faults(self) -> None:
         """Forget all scripts, and wake every request that hangs."""
         self.scripts.clear()
+
+    def spoil_by_chance(self, rate: float) -> None:
+        """Spoil this share of recharges from now on, until the next start; 0 to 1."""
+        self.recharges.fault_rate = rate
 
     def faults(self) -> list[Script]:
         """The scripts that are left."""

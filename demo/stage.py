@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
@@ -273,16 +273,7 @@ class Stage:
 
     def delivered(self) -> Delivered:
         """What all sources did, by their journals."""
-        requests_ = self._requests()
-        places = [place for place, target, _ in requests_ if target == "sink"]
-        dead = [
-            place
-            for place, target, status in requests_
-            if target == "dead_letter_sink"
-            and status is not None
-            and status < _HTTP_MULTIPLE_CHOICES
-        ]
-        return Delivered(len(places) - len(set(places)), len(set(dead)))
+        return delivered_by(self._journals())
 
     # -- Waiting ---------------------------------------------------------------------
 
@@ -314,17 +305,11 @@ class Stage:
                 raise self.resolver.failed(f"has not {what} within {TIMEOUT_S:g} s")
             time.sleep(_POLL_S)
 
-    def _requests(self) -> list[tuple[str, str, int | None]]:
-        """Place, target and status of every request of every source."""
-        found = []
-        for journal in sorted(self.directory.glob("*.journal.jsonl")):
-            for line in journal.read_text().splitlines():
-                entry = json.loads(line)
-                place = place_in_topic(
-                    entry["topic"], entry["partition"], entry["offset"]
-                )
-                found.append((place, entry["target"], entry["status"]))
-        return found
+    def _requests(self) -> Iterator[tuple[str, str, int | None]]:
+        return requests_in(self._journals())
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.directory.glob("*.journal.jsonl"))
 
     def _running_source(self) -> KafkaSource:
         if self._source is None:
@@ -336,3 +321,25 @@ class Stage:
         if source is not None:
             source.kill()
             source.join(DELIVERY_TIMEOUT_S)
+
+
+def requests_in(journals: Iterable[Path]) -> Iterator[tuple[str, str, int | None]]:
+    """Place, target and status of every request in the journals of sources."""
+    for journal in journals:
+        with journal.open() as lines:
+            for line in lines:
+                entry = json.loads(line)
+                where = entry["topic"], entry["partition"], entry["offset"]
+                yield place_in_topic(*where), entry["target"], entry["status"]
+
+
+def delivered_by(journals: Iterable[Path]) -> Delivered:
+    """What the sources of these journals did, all together."""
+    requests_, places, dead = 0, set(), set()
+    for place, target, status in requests_in(journals):
+        if target == "sink":
+            requests_ += 1
+            places.add(place)
+        elif status is not None and status < _HTTP_MULTIPLE_CHOICES:
+            dead.add(place)
+    return Delivered(requests_ - len(places), len(dead))

@@ -41,7 +41,8 @@ class Database:
     """Where the ledger is.
 
     Args:
-        env: the settings by which the function reaches it.
+        env: the settings by which the function reaches it, and others that are to
+            differ from `DEADLINES`.
         url: the URL for a client that takes no password file.
 
     """
@@ -82,15 +83,14 @@ class Function:
 
     def __init__(self, database: Database) -> None:
         self._env = dict(database.env)
-        settings = {**self._env, **DEADLINES, "RECHARGE_API_URL": "http://127.0.0.1:9"}
-        self._settings = Settings.from_env(settings)
-        self._engine = make_engine(self._settings)
+        settings = {**DEADLINES, **self._env, "RECHARGE_API_URL": "http://127.0.0.1:9"}
+        self._engine = make_engine(Settings.from_env(settings))
 
     def env(self, api_url: str, kind: str) -> dict[str, str]:
         """Its settings, for a recharge API of this kind at this address."""
         return {
-            **self._env,
             **DEADLINES,
+            **self._env,
             "RECHARGE_API_URL": api_url,
             "RECHARGE_API_KIND": kind,
         }

@@ -3,7 +3,7 @@
 Owns both servers, their roles and the promotion; must never acknowledge a commit that
 only one of them has: AFTER_SYNC, and a time-out of a month instead of a fallback.
 
-    primary --binlog--> replica      a commit is answered when the replica has it on disk
+    primary --binlog--> replica      a commit is answered once the replica has it
        X  killed        promoted     all that was received is applied, then it may write
     restarted as the replica         its unacknowledged tail is cut by crash recovery
 """
