@@ -331,5 +331,5 @@ class Cluster:
         """How a user connects to the broker; contains a password."""
         settings = self.broker.client_config(user)
         kept = {k: v for k, v in settings.items() if not isinstance(v, float)}
-        # Librdkafka writes to standard error; of a broker that is down it need not tell.
+        # Librdkafka writes to standard error; of a broker that is down we know.
         return {**kept, "log_level": 2}

@@ -244,3 +244,19 @@ def living(group: int) -> list[int]:
 def kill_group(group: int) -> None:
     """SIGKILL from outside, as a node that dies would."""
     os.killpg(group, signal.SIGKILL)
+
+
+def processes_of(directory: Path) -> list[str]:
+    """The living processes that know the run's folder from command or environment."""
+    needle = os.fsencode(directory)
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (entry / "stat").read_text()
+            text = (entry / "cmdline").read_bytes()
+            known = needle in text or needle in (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if known and stat.rpartition(")")[2].split()[0] not in "ZX":
+            found.append(f"{entry.name}: {text!r}")
+    return found

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import pytest
 
+from tests.processes import processes_of
+
 ROOT: Final = Path(__file__).parents[2]
 POLL_S: Final = 0.05
 #: For what must happen within a second or two.
@@ -63,22 +65,6 @@ def playing(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
-
-
-def processes_of(directory: Path) -> list[str]:
-    """The living processes that know the run's folder from command or environment."""
-    needle = os.fsencode(directory)
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (entry / "stat").read_text()
-            text = (entry / "cmdline").read_bytes()
-            known = needle in text or needle in (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        if known and stat.rpartition(")")[2].split()[0] not in "ZX":
-            found.append(f"{entry.name}: {text!r}")
-    return found
 
 
 def wait_until(is_so: Any) -> None:

@@ -102,7 +102,7 @@ def test_bytes_pass_unchanged(link: Link) -> None:
     assert answer == data
 
 
-def test_end_of_one_side_is_the_end_of_the_other(link: Link, echo: Echo) -> None:
+def test_end_of_one_side_is_the_end_of_the_other(link: Link) -> None:
     with connect(link) as client:
         assert ask(client) == b"hello"
         assert link.connections == 1
