@@ -208,11 +208,15 @@ class _Case:
                 continue
             self.valid.setdefault(record.key, record)
             self._places.setdefault(record.key, []).append(record.place)
-        #: How often each order was executed; the first execution's place is its own.
+        #: How often each order was executed.
         self.executions: dict[str, int] = {}
+        #: In the order in which the API took each over; a later turn changes nothing.
+        self._taken_over: dict[str, None] = {}
         self.calls = 0
         for entry in book:
             self.calls += entry.entry == "called"
+            if entry.entry in {"accepted", "executed"}:
+                self._taken_over.setdefault(names.get(entry.key, entry.key))
             if entry.entry == "executed":
                 key = names.get(entry.key, entry.key)
                 self.executions[key] = self.executions.get(key, 0) + 1
@@ -242,13 +246,14 @@ class _Case:
         """The orders that were executed after a later one of their subscriber.
 
         Later means: it first stood at a higher offset of the same partition. Between
-        partitions there is no order.
+        partitions there is no order. What the API accepted has its turn there: when it
+        carries out what it has taken over is its own affair.
         """
         last: dict[tuple[str, int], int] = {}
         found = []
-        for key in self.executions:  # In the order of the first execution of each.
+        for key in self._taken_over:
             record = self.valid.get(key)
-            if record is None:
+            if record is None or key not in self.executions:
                 continue
             line = (record.msisdn, record.partition)
             if record.offset < last.get(line, -1):

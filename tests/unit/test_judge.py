@@ -32,7 +32,7 @@ def refused(offset: int, key: str | None = None) -> Sent:
 
 
 def entry(
-    key: str, what: Literal["called", "executed", "rejected"] = "executed"
+    key: str, what: Literal["called", "accepted", "executed", "rejected"] = "executed"
 ) -> BookEntry:
     return BookEntry(datetime(2026, 1, 1, tzinfo=UTC), what, key=key)
 
@@ -137,6 +137,24 @@ def test_place_in_line_is_that_of_the_first_occurrence() -> None:
 
     assert judge(records, [entry("a"), entry("b")], LedgerView({})).is_green
     assert judge(records, [entry("b"), entry("a")], LedgerView({})).out_of_order == 1
+
+
+def test_accepted_order_has_its_turn_where_the_api_took_it_over() -> None:
+    records = [sent("a", 0), sent("b", 1)]
+    in_order = [entry("a", "accepted"), entry("b"), entry("a")]
+    out_of_order = [entry("b", "accepted"), entry("a"), entry("b")]
+
+    assert judge(records, in_order, LedgerView({})).out_of_order == 0
+    assert judge(records, out_of_order, LedgerView({})).out_of_order_keys == ("a",)
+
+
+def test_order_that_was_accepted_and_failed_has_no_turn() -> None:
+    records = [sent("a", 0), sent("b", 1)]
+    book = [entry("b", "accepted"), entry("b", "rejected"), entry("a")]
+
+    verdict = judge(records, book, LedgerView({"b": "rejected"}))
+
+    assert (verdict.is_green, verdict.rejected) == (True, 1)
 
 
 def test_subscribers_have_no_order_among_each_other() -> None:
