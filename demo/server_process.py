@@ -68,7 +68,8 @@ class ProcessGroup:
     forks this process without exec holds the pipe open, too, for as long as it lives.
     """
 
-    _GUARD = ("/bin/sh", "-c", "read -r parent_is_gone; kill -KILL 0")
+    # When this process dies the kernel sends a paused group SIGHUP: the guard is deaf.
+    _GUARD = ("/bin/sh", "-c", "trap '' HUP; read -r parent_is_gone; kill -KILL 0")
 
     def __init__(self, command: Sequence[str | Path], *, log: Path, cwd: Path) -> None:
         # The guard is there first: there is no instant at which nobody watches.

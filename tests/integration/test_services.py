@@ -61,6 +61,11 @@ def living(group: int) -> list[int]:
     return found
 
 
+def is_stopped(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
 def listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port)).close()
@@ -157,6 +162,60 @@ def test_a_process_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
             groups[0].process.wait(0.3)
     finally:
         groups[0].kill()
+
+
+@needs_proc
+def test_a_paused_process_goes_on_when_it_is_resumed(tmp_path: Path) -> None:
+    script = "while :; do echo tick; sleep 0.01; done"
+    log = tmp_path / "log"
+    group = ProcessGroup(["/bin/sh", "-c", script], log=log, cwd=tmp_path)
+    try:
+        wait_until(lambda: log.stat().st_size > 0, "it ticks")
+        group.pause()
+        # What was under way has ended.
+        wait_until(lambda: is_stopped(group.process.pid), "it stands still")
+        ticks = log.stat().st_size
+        time.sleep(0.2)
+        assert log.stat().st_size == ticks
+
+        group.resume()
+
+        wait_until(lambda: log.stat().st_size > ticks, "it ticks again")
+    finally:
+        group.kill()
+
+
+_PARENT_OF_PAUSED = """
+import sys, time
+from pathlib import Path
+from demo.server_process import ProcessGroup
+
+folder = Path(sys.argv[1])
+# As servers do, which take it for an order to read their files again.
+script = "trap '' HUP; echo deaf; sleep 1000"
+group = ProcessGroup(["/bin/sh", "-c", script], log=folder / "log", cwd=folder)
+while "deaf" not in (folder / "log").read_text():
+    time.sleep(0.01)
+group.pause()
+print(group.id, flush=True)
+time.sleep(1000)
+"""
+
+
+@needs_proc
+def test_a_paused_process_dies_with_its_killed_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _PARENT_OF_PAUSED, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=PROJECT
+    ) as parent:
+        try:
+            assert parent.stdout is not None
+            group = int(parent.stdout.readline())
+            assert len(living(group)) > 1
+        finally:
+            parent.kill()
+
+    wait_until(lambda: not living(group), "the paused process is gone")
 
 
 _PARENT = """
