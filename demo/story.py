@@ -4,31 +4,27 @@ Owns the order of the scenes, the folder of traces, the report and the exit stat
 never soften the verdict: it is the judge's, and the judge reads the API's book.
 """
 
-import fcntl
 import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Literal
 
 from demo import grounds, scenes
 from demo.account import Account
 from demo.judge import Verdict, judge
-from demo.processes import PartFailed
 from demo.rebalance import rebalance
 from demo.server_process import PROJECT
 from demo.stage import Stage
 from demo.subject import Function, Naive, Subject
+from demo.traces import emptied, shown
 
 Services = Literal["embedded", "real"]
 Scene = Callable[[Stage, Account], scenes.Facts]
 
-#: Marks a folder that may be emptied, and is locked while it is in use.
-_MARK: Final = ".topup-demo"
 #: So many offending keys are named; all of them are in the report.
 _KEYS_SHOWN_MAX: Final = 4
 
@@ -52,7 +48,7 @@ def play(*, services: Services, is_naive: bool) -> int:
     began_s = time.monotonic()
     told: dict[str, object] = {}
     with ExitStack() as stack:
-        stack.enter_context(_emptied(directory))
+        stack.enter_context(emptied(directory, "demo"))
         logging.basicConfig(filename=directory / "demo.log", level=logging.INFO)
         subject, stage = _set(stack, directory, services, is_naive=is_naive)
         _prologue(account, stage)
@@ -83,31 +79,6 @@ def play(*, services: Services, is_naive: bool) -> int:
     (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _epilogue(account, verdict, directory, is_naive=is_naive)
     return 0 if verdict.is_green else 1
-
-
-@contextmanager
-def _emptied(directory: Path) -> Iterator[None]:
-    """Keep a folder for this run alone, empty at first.
-
-    Raises:
-        PartFailed: another run uses it, or it holds what no run has left there.
-
-    """
-    mark = directory / _MARK
-    if directory.exists() and any(directory.iterdir()) and not mark.exists():
-        raise PartFailed(f"{directory} is not empty, and not the demo's: remove it")
-    directory.mkdir(parents=True, exist_ok=True)
-    with mark.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PartFailed(f"another demo is running in {directory}") from None
-        for path in directory.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != mark:
-                path.unlink()
-        yield
 
 
 def _set(
@@ -148,13 +119,8 @@ def _prologue(account: Account, stage: Stage) -> None:
         "keeps its own book of what it was called for and what it executed, and a "
         "stand-in for Knative's Kafka source, which delivers each record until it is "
         f"answered with success. Broker: {ground.broker}. Ledger: "
-        f"{ground.database_name}. Logs: {_shown(stage.directory)}"
+        f"{ground.database_name}. Logs: {shown(stage.directory)}"
     )
-
-
-def _shown(path: Path) -> str:
-    """A path as a person would type it."""
-    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
 def _epilogue(
@@ -190,7 +156,7 @@ def _epilogue(
         )
     account.result(text, is_good=verdict.is_green)
     account.say(
-        f"{verdict.seconds:g} s; everything in {_shown(directory)}/report.json", "dim"
+        f"{verdict.seconds:g} s; everything in {shown(directory)}/report.json", "dim"
     )
 
 

@@ -6,16 +6,14 @@ verdict, which the judge reads from the recharge API's own book, or leave a proc
 behind.
 """
 
-import fcntl
 import json
 import logging
 import secrets
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -32,6 +30,7 @@ from demo.processes import PartFailed
 from demo.server_process import PROJECT, ServerError, ServiceMissing
 from demo.stage import delivered_by
 from demo.subject import GROUP
+from demo.traces import emptied, shown
 from function.config import Settings
 from function.database import make_engine
 from proof import timeline
@@ -52,9 +51,8 @@ _FAULT_RATE: Final = 0.01
 _RATE_MAX: Final = 100.0
 #: What is parked is tried again after up to twice its own time.
 _DRAIN_S: Final = 180.0
-#: Above every amount of the traffic, so that one person is enough.
-_AMOUNT_LIMIT_MINOR: Final = 10_000
-_MARK: Final = ".topup-soak"
+#: What both servers must hold alike at the end.
+_TABLES: Final = ("topup", "attempt", "quarantine", "decision")
 _POLL_S: Final = 0.5
 _LINE_EVERY_S: Final = 15.0
 _KEYS_SHOWN_MAX: Final = 4
@@ -99,7 +97,7 @@ def soak(options: Options, console: Console) -> int:
     """
     began_s = time.monotonic()
     with ExitStack() as stack:
-        stack.enter_context(_emptied(options.directory))
+        stack.enter_context(emptied(options.directory, "soak"))
         logging.basicConfig(
             filename=options.directory / "soak.log",
             level=logging.INFO,
@@ -125,31 +123,6 @@ def soak(options: Options, console: Console) -> int:
         _write(running, found, report, options, faults_s)
     _say_verdict(console, found, report, options)
     return found.exit_status
-
-
-@contextmanager
-def _emptied(directory: Path) -> Iterator[None]:
-    """Keep a folder for this run alone, empty at first.
-
-    Raises:
-        PartFailed: another run uses it, or it holds what no run has left there.
-
-    """
-    mark = directory / _MARK
-    if directory.exists() and any(directory.iterdir()) and not mark.exists():
-        raise PartFailed(f"{directory} is not empty, and not a soak's: remove it")
-    directory.mkdir(parents=True, exist_ok=True)
-    with mark.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PartFailed(f"another soak is running in {directory}") from None
-        for path in directory.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != mark:
-                path.unlink()
-        yield
 
 
 def _start(
@@ -366,7 +339,7 @@ def _say_what_comes(
     who = "the article's own design" if options.is_naive else "the function"
     console.print(
         f"Soak of {who}: {options.minutes:g} minutes, {len(incidents)} faults planned, "
-        f"a recharge API of kind {options.kind}. Traces: {_shown(options.directory)}\n"
+        f"a recharge API of kind {options.kind}. Traces: {shown(options.directory)}\n"
         f"SEED={options.seed} repeats the orders, the planned faults and what chance "
         "does to each call; not which record a fault meets, nor how long a restart "
         "takes."
@@ -402,14 +375,9 @@ def _say_verdict(
         text = f"RED: {'; '.join(found.problems)}."
     console.print(text, style="bold green" if found.is_green else "bold red")
     console.print(
-        f"{verdict.seconds:g} s; {_shown(options.directory)}/report.json and "
+        f"{verdict.seconds:g} s; {shown(options.directory)}/report.json and "
         "timeline.png"
     )
-
-
-def _shown(path: Path) -> str:
-    """A path as a person would type it."""
-    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
 @click.command()

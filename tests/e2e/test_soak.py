@@ -114,5 +114,5 @@ def test_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         text, _ = process.communicate()
 
     assert process.returncode == 2
-    assert "not a soak's" in text
+    assert "not the soak's" in text
     assert precious.read_text() == "mine"
