@@ -21,14 +21,15 @@ from certs.make_certs import make_certs
 from demo.book import Book
 from demo.dead_letter_sink import DeadLetterSink
 from demo.faults import Fault
-from demo.kafka_broker import KafkaServer, producer_acls, source_acls
+from demo.grounds import TOPIC
+from demo.kafka_broker import KafkaServer
 from demo.processes import Part, PodPart, RechargeApiPart, ResolverPart, SourcePart
 from demo.server_process import LOOPBACK, PROJECT, free_port, write_private
+from demo.strimzi_users import PRODUCER, SOURCE, read_users
 from demo.subject import DEADLINES, GROUP, Database, Function, Naive, Subject
 from proof.semi_sync import SemiSyncPair
 from proof.tcp_proxy import Link, TcpProxy
 
-TOPIC: Final = "recharge.orders"
 PARTITIONS: Final = 16
 PODS: Final = ("function-a", "function-b")
 RESOLVERS: Final = ("resolver-a", "resolver-b")
@@ -255,8 +256,8 @@ class Cluster:
     def _prepare(self) -> None:
         """Make topic, users, ledger and links."""
         self.broker.create_topic(TOPIC, PARTITIONS)
-        self.broker.create_user("producer", producer_acls(TOPIC))
-        self.broker.create_user("source", source_acls(TOPIC, GROUP))
+        for user, acls in read_users().items():
+            self.broker.create_user(user, acls)
         self._ledger = self._database()
         for name in (*PODS, *RESOLVERS, _PERSON):
             self.proxy.link(f"{name}->database", (LOOPBACK, self.database.port))
@@ -305,7 +306,7 @@ class Cluster:
 
     def _source(self, name: str) -> SourcePart:
         retry = _RETRY_NAIVE if self.is_naive else _RETRY
-        kafka = self.kafka_config("source") | {
+        kafka = self.kafka_config(SOURCE) | {
             "session.timeout.ms": 3000,
             "heartbeat.interval.ms": 500,
         }

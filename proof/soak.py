@@ -25,16 +25,18 @@ from rich.progress import BarColumn, Progress, TextColumn
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from demo.grounds import TOPIC
 from demo.judge import judge
 from demo.processes import PartFailed
 from demo.server_process import PROJECT, ServerError, ServiceMissing
 from demo.stage import delivered_by
+from demo.strimzi_users import PRODUCER, SOURCE
 from demo.subject import GROUP
 from demo.traces import emptied, shown
 from function.config import Settings
 from function.database import make_engine
 from proof import timeline
-from proof.cluster import PARTITIONS, SETTLE_S, TOPIC, Cluster
+from proof.cluster import PARTITIONS, SETTLE_S, Cluster
 from proof.meter import Meter, unfinished
 from proof.nemesis import Incident, Nemesis, schedule
 from proof.person import Person
@@ -143,14 +145,14 @@ def _start(
     meter = Meter(
         cluster.book.path,
         ledger,
-        cluster.kafka_config("source"),
+        cluster.kafka_config(SOURCE),
         group=GROUP,
         topic=TOPIC,
         partitions=PARTITIONS,
     )
     traffic = Traffic(
         options.seed,
-        cluster.kafka_config("producer"),
+        cluster.kafka_config(PRODUCER),
         TOPIC,
         rate_max=options.rate_max,
         waiting=lambda orders: orders - meter.done,
