@@ -25,7 +25,7 @@ from demo.grounds import TOPIC
 from demo.kafka_broker import KafkaServer
 from demo.processes import Part, PodPart, RechargeApiPart, ResolverPart, SourcePart
 from demo.server_process import LOOPBACK, PROJECT, free_port, write_private
-from demo.strimzi_users import PRODUCER, SOURCE, read_users
+from demo.strimzi_users import SOURCE, read_users
 from demo.subject import DEADLINES, GROUP, Database, Function, Naive, Subject
 from proof.semi_sync import SemiSyncPair
 from proof.tcp_proxy import Link, TcpProxy
