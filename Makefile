@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo run test check bench soak lock certs clean
+.PHONY: help demo run test check crash simulate soak fuzz mutants lock certs image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,10 @@ check: $(VENV)/.dev ## Format, lint, types, unit tests: under 30 s
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit tests/repo -m "not slow"
+
+crash: $(VENV)/.demo ## Kill at every boundary, and count executions; SHORT=1: in three minutes
+	@$(BIN)/python -m demo.services install
+	@$(BIN)/python -m proof.crash_matrix $(if $(SHORT),--short) $(if $(PAGE),--page $(PAGE)) $(ARGS)
 
 soak: $(VENV)/.dev ## Everything at once under seeded faults; MINUTES=2 SEED= KIND=replay NAIVE=1
 	@$(BIN)/python -m demo.services install

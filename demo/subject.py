@@ -84,7 +84,8 @@ class Function:
     def __init__(self, database: Database) -> None:
         self._env = dict(database.env)
         settings = {**DEADLINES, **self._env, "RECHARGE_API_URL": "http://127.0.0.1:9"}
-        self._engine = make_engine(Settings.from_env(settings))
+        self._settings = Settings.from_env(settings)
+        self._engine = make_engine(self._settings)
 
     def env(self, api_url: str, kind: str) -> dict[str, str]:
         """Its settings, for a recharge API of this kind at this address."""

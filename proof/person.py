@@ -24,18 +24,14 @@ class Person:
     Args:
         ledger: an engine with the account that signs.
         book: what the API's owner looks into.
-        settle_s: the settling time of the function's settings.
-        amount_limit_minor: above it a second person is needed; no order here is.
+        settle_s: the settling time, which is one of the ledger's own rules.
 
     """
 
-    def __init__(
-        self, ledger: Engine, book: Book, *, settle_s: float, amount_limit_minor: int
-    ) -> None:
+    def __init__(self, ledger: Engine, book: Book, *, settle_s: float) -> None:
         self._operations = Operations(ledger)
         self._book = book
         self._settle_s = settle_s
-        self._amount_limit_minor = amount_limit_minor
         #: Orders settled so far.
         self.decisions = 0
 
@@ -70,8 +66,6 @@ class Person:
                 reason="the recharge API's own book says so",
                 reference=reference,
                 attempt_token=order.token,
-                settle_s=self._settle_s,
-                amount_limit_minor=self._amount_limit_minor,
             )
         except OperationRefused:
             # Something of it could still land, or the resolver was faster.

@@ -162,12 +162,7 @@ def _start(
     nemesis = Nemesis(cluster, incidents, subscribers)
     person = None
     if ledger is not None and options.kind == "none":
-        person = Person(
-            ledger,
-            cluster.book,
-            settle_s=SETTLE_S,
-            amount_limit_minor=_AMOUNT_LIMIT_MINOR,
-        )
+        person = Person(ledger, cluster.book, settle_s=SETTLE_S)
     for part in (meter, traffic, nemesis):
         stack.enter_context(part)
     return _Running(cluster, ledger, meter, traffic, nemesis, person)
@@ -260,7 +255,7 @@ def _judge(running: _Running, *, seconds: float) -> Found:
         delivered=delivered_by(cluster.journals()),
         seconds=seconds,
     )
-    tables = [f"ledger.{name}" for name in ("topup", "attempt", "quarantine")]
+    tables = [f"ledger.{name}" for name in _TABLES]
     return Found(
         verdict,
         unfinished={} if ledger is None else unfinished(ledger),
