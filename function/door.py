@@ -20,6 +20,10 @@ draining: Final = threading.Event()
 _DROPPED_BYTES_MAX: Final = 64 * 1024 * 1024
 _PIECE_BYTES: Final = 64 * 1024
 
+#: A client may announce any length; a larger one than the ledger's column holds would
+#: be refused there, and the record could never be recorded.
+_ANNOUNCED_BYTES_MAX: Final = 2**63 - 1
+
 #: Where the door leaves what it saw, for main.py.
 ANNOUNCED_BYTES: Final = "topup.announced_bytes"
 
@@ -47,6 +51,8 @@ class Door:
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         """Pass the request on with its body in memory; 503 if it can't be read."""
+        # A host name that can't be is answered 400 by the framework, unrecorded.
+        environ["HTTP_HOST"] = "function"
         if environ["REQUEST_METHOD"] == "POST":
             try:
                 body = self._read(environ)
@@ -83,7 +89,8 @@ class Door:
                 connection.settimeout(None)
         if announced and len(body) < limit:
             raise ValueError("the body is shorter than announced")
-        environ[ANNOUNCED_BYTES] = int(announced or len(body) + dropped)
+        length = int(announced or len(body) + dropped)
+        environ[ANNOUNCED_BYTES] = min(length, _ANNOUNCED_BYTES_MAX)
         return body
 
 

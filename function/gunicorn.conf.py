@@ -8,12 +8,15 @@ functions-framework would. The bare `functions-framework` command can't drain.
 
 import os
 import signal
+import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from gunicorn import util
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import DEFAULT_WORKER_DATA_TIMEOUT, ThreadWorker
 
 from function.api_profile import load_profile
 from function.config import Settings
@@ -22,9 +25,48 @@ from function.door import draining
 from function.errors import SettingsError
 from function.event_tokens import EventTokens
 
+_UNREADABLE: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\n"
+    b"Connection: close\r\nContent-Length: 0\r\n\r\n"
+)
+
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """A thread worker that asks for what it couldn't read once more."""
+    """A thread worker that asks for what it couldn't read once more.
+
+    And that waits for nobody for ever: gunicorn itself reads a request's head without
+    a time limit, so that as many stalled ones as it has threads would end its work.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        #: Connections whose head is being read, and until when it must be there.
+        self._heads: dict[Any, float] = {}
+
+    def handle(self, conn: Any) -> Any:
+        """Read a request and answer it, in a thread of the pool."""
+        # The first byte of a new connection may take gunicorn's own time limit.
+        patience_s = DEFAULT_WORKER_DATA_TIMEOUT + _settings.event_read_timeout_s
+        self._heads[conn] = time.monotonic() + patience_s
+        try:
+            return super().handle(conn)
+        finally:
+            self._heads.pop(conn, None)
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """Answer a request whose head is read; the body's time is the door's."""
+        self._heads.pop(conn, None)
+        return super().handle_request(req, conn)
+
+    def notify(self) -> None:
+        """Show that the worker lives, about once a second, and end late heads."""
+        super().notify()
+        now = time.monotonic()
+        for conn, end in list(self._heads.items()):
+            if now > end:
+                # The reader sees the end of the stream, and closes without an answer.
+                with suppress(OSError):
+                    conn.sock.shutdown(socket.SHUT_RD)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         """Answer 503 where gunicorn would say 400, 414 or 431.
@@ -34,7 +76,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """
         self.log.warning("request unreadable: %s", type(exc).__name__)
         try:
-            util.write_error(client, 503, "Service Unavailable", "")
+            util.write_nonblock(client, _UNREADABLE)
         except OSError:
             self.log.debug("the client has gone")
 

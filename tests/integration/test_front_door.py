@@ -683,6 +683,21 @@ def test_larger_event_is_recorded_in_part_and_answered_with_413(
     assert row["outcome"] == "too_large"
 
 
+def test_larger_event_that_announces_any_length_is_recorded(system: System) -> None:
+    """The ledger's column ends at 2**63 - 1, and a record that it refuses is lost."""
+    request = head("Content-Length: " + "9" * 30) + too_large(BYTES_MAX + 1)
+
+    with Wire(system) as wire:
+        wire.send(request)
+        wire.socket.shutdown(socket.SHUT_WR)
+        reply = wire.reply()
+
+    assert reply
+    assert reply.status == 413
+    (row,) = system.rows("quarantine", announced_bytes=2**63 - 1)
+    assert request.endswith(row["raw"] + request[-BYTES_MAX - 1 + KEPT_BYTES :])
+
+
 @pytest.mark.parametrize("length", [BYTES_MAX + 1, 2_000_000])
 def test_larger_event_in_chunks_is_recorded_and_answered_with_413(
     system: System, length: int
@@ -839,6 +854,19 @@ def test_event_is_an_event_on_every_path(system: System, path: str) -> None:
     assert system.executions(order) == 1
 
 
+@pytest.mark.parametrize("host", ["..", "a..b", "x" * 300, "", "\xe4"])
+def test_event_is_an_event_for_every_host(system: System, host: str) -> None:
+    """The framework would answer 400 for a name that can't be, unrecorded."""
+    order = new_order()
+    request = whole(order).replace(b"Host: f", f"Host: {host}".encode("latin-1"))
+
+    reply = send_raw(system, request)
+
+    assert reply
+    assert reply.status == 200
+    assert system.executions(order) == 1
+
+
 @pytest.mark.parametrize("path", ["/", "/x", "/favicon.ico", "/healthz/x"])
 def test_get_of_anything_else_is_answered_with_404(system: System, path: str) -> None:
     reply = send_raw(system, head(path=path, method="GET"))
@@ -928,6 +956,20 @@ def test_request_that_gunicorn_can_not_read_is_answered_with_503(
     assert gunicorn.quarantine() == before
 
 
+def test_heads_that_stall_are_given_up_and_others_are_served(tmp_path: Path) -> None:
+    """gunicorn reads a head without a time limit: one for each thread ends it all."""
+    with (
+        running(tmp_path, "gunicorn", server_threads=2) as system,
+        ExitStack() as open_,
+    ):
+        stalled = [open_.enter_context(Wire(system)) for _ in range(4)]
+        for wire in stalled:
+            wire.send(b"POST / HTTP/1.1\r\nHo")
+
+        assert system.post(new_order()).status == 200
+        assert [wire.reply() for wire in stalled] == [None] * 4
+
+
 @pytest.mark.parametrize(
     "line", [b"POST / HTTP/9.9", b"POST /", b"\0\0\0", b"POST /" + b"x" * 9000]
 )
@@ -937,7 +979,8 @@ def test_request_line_that_gunicorn_can_not_read_is_answered_with_503(
     reply = send_raw(gunicorn, line + b"\r\nHost: f\r\n\r\n")
 
     assert reply
-    assert reply.status == 503
+    # Not gunicorn's page either: what nobody foresaw is answered without a word.
+    assert (reply.status, reply.body) == (503, b"")
 
 
 def test_many_and_long_headers_within_bounds_are_read(gunicorn: System) -> None:
