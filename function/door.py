@@ -27,6 +27,9 @@ _ANNOUNCED_BYTES_MAX: Final = 2**63 - 1
 #: Where the door leaves what it saw, for main.py.
 ANNOUNCED_BYTES: Final = "topup.announced_bytes"
 
+#: The paths that mean something, to other methods than POST.
+_PROBES: Final = frozenset({"/healthz", "/readyz"})
+
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -65,8 +68,9 @@ class Door:
             environ["wsgi.input"] = BytesIO(body)
             environ["CONTENT_LENGTH"] = str(len(body))
             environ.pop("HTTP_TRANSFER_ENCODING", None)
-            # An event is an event on every path; `//` would be redirected, and a
-            # redirected record is dropped.
+        # An event is an event on every path; the framework has answers of its own for
+        # some, and redirects `//`: a redirected record is dropped.
+        if environ["REQUEST_METHOD"] == "POST" or environ["PATH_INFO"] not in _PROBES:
             environ["PATH_INFO"] = "/"
         return self._application(environ, start_response)
 
