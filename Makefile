@@ -52,6 +52,9 @@ soak: $(VENV)/.dev ## Everything at once under seeded faults; MINUTES=2 SEED= KI
 	@$(BIN)/python -m proof.soak --minutes $(or $(MINUTES),2) --kind $(or $(KIND),replay) \
 		$(if $(SEED),--seed $(SEED)) $(if $(NAIVE),--naive)
 
+fuzz: $(VENV)/.dev ## Send bad input to the front door, good orders between; SHORT=1: CI's form
+	@$(BIN)/python -m proof.fuzz $(if $(SHORT),--short) $(ARGS)
+
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header pyproject.toml
 
