@@ -69,11 +69,10 @@ class Request:
 
     def __repr__(self) -> str:
         """Short enough for a person to read, for the account of a find."""
-        shown = [
-            piece[:_SHOWN_BYTES] + b"..." * (len(piece) > _SHOWN_BYTES)
-            for piece in self.pieces
-        ]
-        return f"{self.kind} ({sum(map(len, self.pieces))} bytes): {shown}"
+        wire = b"".join(self.pieces)
+        dots = "..." if len(wire) > _SHOWN_BYTES else ""
+        shown = f"{wire[:_SHOWN_BYTES]!r}{dots}"
+        return f"{self.kind}, {len(wire)} bytes in {len(self.pieces)} pieces: {shown}"
 
 
 @dataclass(frozen=True)
@@ -587,7 +586,7 @@ _CHUNKS: Final = (
     b'5;a="b\r\nabcde\r\n0\r\n\r\n', b"5\nabcde\n0\n\n", b"\r\n\r\n",
     b"2\r\n{}\r\n0\r\nno colon\r\n\r\n", b"5;\x00\r\nabcde\r\n0\r\n\r\n",
     b"2\r\n{}\r\n0\r\nContent-Length: 5\r\n\r\n", b" 2\r\n{}\r\n0\r\n\r\n",
-    b"2;" + b"x" * 40_000 + b"\r\n{}\r\n0\r\n\r\n",
+    b"2;" + b"x" * 99_000 + b"\r\n{}\r\n0\r\n\r\n",
 )  # fmt: skip
 
 

@@ -71,13 +71,13 @@ class Found(AssertionError):
 class View(Protocol):
     """What the ledger and the book show."""
 
-    def is_quarantined(self, raw: bytes, outcome: str) -> bool:
+    def is_quarantined(self, raw: bytes, outcome: str, /) -> bool:
         """Whether quarantine holds these bytes under this outcome."""
 
-    def status_of(self, key: str) -> str | None:
+    def status_of(self, key: str, /) -> str | None:
         """The status of an order in the ledger."""
 
-    def executions(self, key: str) -> int:
+    def executions(self, key: str, /) -> int:
         """How often the book says that an order was executed."""
 
 

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from certs.make_certs import make_certs
 from demo.mariadb import MariaDbServer
 from demo.processes import START_TIMEOUT_S, FunctionPart, RechargeApiPart
-from demo.server_process import LOOPBACK
+from demo.server_process import LOOPBACK, PROJECT
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate
@@ -22,6 +22,9 @@ from function.rules import rules_of
 from proof.examination import Evidence, Examination
 
 Ledger = Literal["sqlite", "mariadb"]
+
+#: The function as it is, but for one planted error.
+SOURCE: Final = PROJECT / "proof" / "planted_error.py"
 
 #: Generous, so that no busy machine is taken for a fault; but what is stalled is given
 #: up soon. In the order that the function checks at start (DESIGN section 4).
@@ -42,8 +45,8 @@ DEADLINES: Final = {
 class GunicornPart(FunctionPart):
     """The function under gunicorn with function/gunicorn.conf.py, as in its image."""
 
-    def __init__(self, log: Path) -> None:
-        super().__init__(log, source="proof/planted_error.py", signature="http")
+    def __init__(self, log: Path, source: Path) -> None:
+        super().__init__(log, source=str(source), signature="http")
 
     def restart(self) -> None:
         """Start it again with the same settings.
@@ -80,10 +83,15 @@ class Stage:
 
 
 @contextmanager
-def staged(directory: Path, ledger: Ledger) -> Iterator[Stage]:
+def staged(directory: Path, ledger: Ledger, source: Path = SOURCE) -> Iterator[Stage]:
     """Start everything in an empty folder, and end it.
 
     The API is of the kind that executes a repeated key again: a double is a double.
+
+    Args:
+        directory: for the ledger, the book and the logs.
+        ledger: which database it is in.
+        source: the file with `handle_topup`.
 
     Raises:
         PartFailed: a part does not start.
@@ -107,7 +115,7 @@ def staged(directory: Path, ledger: Ledger) -> Iterator[Stage]:
         stack.callback(engine.dispose)
         migrate(engine, rules_of(settings))
         api.start("lookup")
-        function = stack.enter_context(GunicornPart(log))
+        function = stack.enter_context(GunicornPart(log, source))
         function.start(env)
         evidence = Evidence(engine, book, log)
         yield Stage(function, Examination(function.port, evidence), evidence)

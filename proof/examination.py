@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -144,7 +145,8 @@ class Examination:
         self.sent: Counter[str] = Counter()
         #: How often each status came; 0: closed without an answer.
         self.answered: Counter[int] = Counter()
-        self.orders = 0
+        #: The keys of the good orders that were judged.
+        self.orders: set[str] = set()
         self._planted = 0
 
     def examine(self, exchange: Exchange) -> None:
@@ -185,12 +187,15 @@ class Examination:
                 raise Found("a good order is not answered on a new connection")
 
     def finish(self, process: int, before: Footprint) -> Footprint:
-        """Judge what is true at the end; returns what the process then holds.
+        """Stall every thread, and judge what is true at the end.
+
+        Returns what the process then holds.
 
         Raises:
             Found: a rule is broken.
 
         """
+        self._stall_every_thread(before.threads)
         self.deliver(delivery_of(new_order(), "last good order"))
         self._evidence.read()
         if self._evidence.doubles:
@@ -204,6 +209,32 @@ class Examination:
         judge_growth(before, after)
         self._read_log()
         return after
+
+    def _stall_every_thread(self, threads: int) -> None:
+        """A good order behind as many heads without an end as could be read at once.
+
+        Raises:
+            Found: it is not served, or they are answered.
+
+        """
+        with ExitStack() as stack:
+            stalled = [
+                stack.enter_context(Connection(self._port)) for _ in range(threads)
+            ]
+            for connection in stalled:
+                connection.send((b"POST / HTTP/1.1\r\nHo",))
+            self.sent["stalled head"] += threads
+            self.deliver(delivery_of(new_order(), "good order behind stalled heads"))
+            for connection in stalled:
+                try:
+                    is_closed = connection.is_closed()
+                except Silent:
+                    raise Found(
+                        "a head that stalls is waited for without end"
+                    ) from None
+                if not is_closed:
+                    raise Found("a head that has no end is answered")
+                self.answered[0] += 1
 
     def _play(self, connection: Connection, exchange: Exchange) -> list[Answer | None]:
         """The answers, in order; shorter than the requests where it was closed."""
@@ -228,7 +259,7 @@ class Examination:
             if answer is None:
                 break
             if answer.closes or request.body is None:
-                _require_closed(connection)
+                _require_closed(connection, request)
                 break
         return answers
 
@@ -242,6 +273,10 @@ class Examination:
             shown = answer.raw[:400] if answer else b"the end of the connection"
             raise Found(f"{found}\nsent: {request!r}\ncame: {shown!r}") from None
 
+    def _judge_order(self, request: Request) -> None:
+        self.orders.add(request.key)
+        judge_order(request, self._evidence)
+
     def _deliver(self, connection: Connection, request: Request) -> Answer | None:
         self.sent[request.kind] += 1
         connection.send(request.pieces)
@@ -250,8 +285,7 @@ class Examination:
         if answer is not None:
             self._evidence.read()
             self._judge(request, answer)
-            judge_order(request, self._evidence)
-            self.orders += 1
+            self._judge_order(request)
         return answer
 
     def _bring_again(self, exchange: Exchange, answers: list[Answer | None]) -> None:
@@ -265,8 +299,7 @@ class Examination:
             if request.order is None:
                 continue
             if index < len(answers) and answers[index] is not None:
-                self.orders += 1
-                judge_order(request, self._evidence)
+                self._judge_order(request)
                 continue
             end_s = time.monotonic() + PATIENCE_S
             again = delivery_of(request.order)
@@ -308,10 +341,13 @@ def _answer(connection: Connection, request: Request) -> Answer | None:
         raise Found(f"{error}\nsent: {request!r}") from None
 
 
-def _require_closed(connection: Connection) -> None:
+def _require_closed(connection: Connection, request: Request) -> None:
     """Nothing may follow an answer that ends the connection."""
     try:
-        if not connection.is_closed():
-            raise Found("something follows the last answer of a connection")
+        is_closed = connection.is_closed()
     except Silent:
-        raise Found("a connection stays open that may not be used again") from None
+        is_closed = False
+    if not is_closed:
+        raise Found(
+            f"a connection goes on that may not be used again\nsent: {request!r}"
+        )

@@ -30,7 +30,7 @@ from demo.processes import PartFailed
 from demo.server_process import PROJECT, ServerError, ServiceMissing
 from proof.bent_requests import Exchange, delivery_of, exchanges, new_order
 from proof.door_judge import Footprint, Found
-from proof.door_stage import Ledger, Stage, staged
+from proof.door_stage import SOURCE, Ledger, Stage, staged
 from proof.examination import Examination, footprint_of
 
 DIRECTORY: Final = PROJECT / "build" / "fuzz"
@@ -93,7 +93,7 @@ def search(
 
 def replay(examination: Examination, blob: str) -> Find | None:
     """Play the exchange that a find named; None if no rule is broken by it."""
-    attempt = _Attempt(examination, 1, lambda _: None)
+    attempt = _Attempt(examination, sys.maxsize, lambda _: None)
     return attempt.find(reproduce_failure(hypothesis_version, blob.encode()))
 
 
@@ -149,6 +149,7 @@ def run(
     start: int,
     blob: str,
     console: Console,
+    source: Path = SOURCE,
 ) -> bool:
     """Play it all, and write the report; returns whether nothing was found.
 
@@ -157,7 +158,7 @@ def run(
 
     """
     began_s = time.monotonic()
-    with staged(directory, ledger) as stage:
+    with staged(directory, ledger, source) as stage:
         examination, worker = stage.examination, stage.function.worker
         find, before, after = None, None, None
         try:
@@ -199,7 +200,7 @@ def _report(
             str(status or "closed"): times
             for status, times in sorted(examination.answered.items())
         },
-        "good_orders": examination.orders,
+        "good_orders": len(examination.orders),
         "executed": stage.evidence.executed,
         "executed_twice": len(stage.evidence.doubles),
         "quarantined": stage.evidence.quarantined,
