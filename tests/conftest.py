@@ -5,15 +5,19 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
 
 from demo.kafka_broker import KafkaCluster
 from demo.mariadb import MariaDb
+from function.api_profile import ApiProfile
 from function.config import Settings
 from function.database import make_engine
+from function.ledger import Ledger
 from function.migrate import migrate
+from function.operations import Operations, Verdict
 from tests.servers import running_kafka, running_mariadb
 
 #: What a test inherits from the machine; everything else is its own.
@@ -81,6 +85,38 @@ class Database:
         with self.engine.connect() as connection:
             return connection.execute(text(statement), values).rowcount
 
+    def change(self, key: str | None = None, **columns: object) -> None:
+        """Overwrite columns of one order, or of all."""
+        changes = ", ".join(f"{name} = :{name}" for name in columns)
+        condition = "" if key is None else " WHERE idempotency_key = :key"
+        self.execute(f"UPDATE topup SET {changes}{condition}", key=key, **columns)  # noqa: S608
+
+    def pause(self, scope: str) -> None:
+        """Pause a channel, or `*`."""
+        moment = "2000-01-01 00:00:00"
+        self.execute(
+            "INSERT INTO pause VALUES (:scope, 'ann', 'test', :at)",
+            scope=scope,
+            at=moment,
+        )
+
+    def resume(self) -> None:
+        """End every pause."""
+        self.execute("DELETE FROM pause")
+
+    def empty(self) -> None:
+        """Forget everything."""
+        for table in _TABLES:
+            self.execute(f"DELETE FROM {table}")  # noqa: S608
+
+    def make_ledger(self, profile: ApiProfile, *, lease_s: float) -> Ledger:
+        """The ledger on this database."""
+        return Ledger(self.engine, profile, lease_s=lease_s)
+
+    def decide(self, key: str, verdict: Verdict, **how: Any) -> object:
+        """What a person's decision does here."""
+        return Operations(self.engine).decide(key, verdict, **how)
+
 
 def settings_of(env: dict[str, str]) -> Settings:
     """Settings for an engine; the recharge API's address is not used."""
@@ -132,9 +168,7 @@ def database(request: pytest.FixtureRequest) -> Database:
 def _database(env: dict[str, str], *, is_emptied: bool = False) -> Iterator[Database]:
     engine = make_engine(settings_of(env))
     if is_emptied:
-        with engine.connect() as connection:
-            for table in _TABLES:
-                connection.execute(text(f"DELETE FROM {table}"))  # noqa: S608
+        Database(engine, env).empty()
     yield Database(engine, env)
     engine.dispose()
 

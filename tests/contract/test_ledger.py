@@ -1,4 +1,4 @@
-"""What the ledger promises, on SQLite and on MariaDB alike."""
+"""What the ledger promises, on SQLite, on MariaDB and in the simulation's memory."""
 
 import time
 from dataclasses import replace
@@ -40,7 +40,7 @@ def profile() -> ApiProfile:
 
 @pytest.fixture
 def ledger(database: Database, profile: ApiProfile) -> Ledger:
-    return Ledger(database.engine, profile, lease_s=30)
+    return database.make_ledger(profile, lease_s=30)
 
 
 def claimed(ledger: Ledger, topup: TopUp) -> Claim:
@@ -62,22 +62,16 @@ def in_doubt(ledger: Ledger, topup: TopUp) -> Entry:
 
 
 def let_lease_end(database: Database, topup: TopUp) -> None:
-    database.execute(
-        "UPDATE topup SET lease_until = '2000-01-01 00:00:00'"
-        " WHERE idempotency_key = :key",
-        key=topup.idempotency_key,
-    )
+    database.change(topup.idempotency_key, lease_until="2000-01-01 00:00:00")
 
 
 def make(status: Status, ledger: Ledger, database: Database, topup: TopUp) -> Entry:
     """A row in any status, made by the ledger's own transitions."""
     key = topup.idempotency_key
     if status is Status.HELD:
-        database.execute(
-            "INSERT INTO pause VALUES ('*', 'test', 'test', '2000-01-01 00:00:00')"
-        )
+        database.pause("*")
         assert ledger.hold(topup)
-        database.execute("DELETE FROM pause")
+        database.resume()
         return entry_of(ledger, topup)
     token = claimed(ledger, topup).token
     if status is Status.SUCCEEDED:
@@ -92,10 +86,7 @@ def make(status: Status, ledger: Ledger, database: Database, topup: TopUp) -> En
         is_parked = status is Status.PARKED
         assert ledger.doubt(key, token, UNKNOWN, is_parked=is_parked)
     elif status is Status.ABANDONED:
-        database.execute(
-            "UPDATE topup SET status = 'abandoned' WHERE idempotency_key = :key",
-            key=key,
-        )
+        database.change(key, status="abandoned")
     entry = entry_of(ledger, topup)
     assert entry.status is status
     return entry
@@ -319,10 +310,7 @@ def test_first_send_is_remembered_over_later_ones(
     ledger: Ledger, database: Database
 ) -> None:
     entry = in_doubt(ledger, order())
-    database.execute(
-        "UPDATE topup SET first_sent_at = '2001-01-01 00:00:00',"
-        " sent_at = '2001-01-01 00:00:00'"
-    )
+    database.change(first_sent_at="2001-01-01 00:00:00", sent_at="2001-01-01 00:00:00")
     assert ledger.reclaim(entry) is not None
 
     entry = entry_of(ledger, order())
@@ -600,10 +588,7 @@ def test_pause_stops_every_claim_and_lets_orders_be_recorded(
     ledger: Ledger, database: Database, scope: str
 ) -> None:
     entry = make(Status.RELEASED, ledger, database, order("r1"))
-    database.execute(
-        "INSERT INTO pause VALUES (:scope, 'ann', 'test', '2000-01-01 00:00:00')",
-        scope=scope,
-    )
+    database.pause(scope)
     other = order("r2", msisdn="+393330000000")
 
     assert ledger.claim(other) is None
@@ -611,16 +596,14 @@ def test_pause_stops_every_claim_and_lets_orders_be_recorded(
     assert ledger.look(other)[1].is_paused
     assert ledger.hold(other)
 
-    database.execute("DELETE FROM pause")
+    database.resume()
     assert ledger.reclaim(entry_of(ledger, other)) is not None
 
 
 def test_pause_of_another_channel_stops_nothing(
     ledger: Ledger, database: Database
 ) -> None:
-    database.execute(
-        "INSERT INTO pause VALUES ('shop', 'ann', 'test', '2000-01-01 00:00:00')"
-    )
+    database.pause("shop")
 
     claimed(ledger, order())
 
@@ -629,11 +612,7 @@ OTHER = order("other", msisdn="+393330000001")
 
 
 def first_sent(database: Database, topup: TopUp, when: str) -> None:
-    database.execute(
-        "UPDATE topup SET first_sent_at = :when WHERE idempotency_key = :key",
-        when=when,
-        key=topup.idempotency_key,
-    )
+    database.change(topup.idempotency_key, first_sent_at=when)
 
 
 @pytest.mark.parametrize(
@@ -730,7 +709,7 @@ def test_what_the_source_gave_up_on_is_due(
     ledger: Ledger, database: Database, status: Status
 ) -> None:
     make(status, ledger, database, order())
-    database.execute("UPDATE topup SET updated_at = '2001-01-01 00:00:00'")
+    database.change(updated_at="2001-01-01 00:00:00")
 
     assert due(ledger) == [("app:r1", True)]
 
@@ -749,9 +728,7 @@ def test_only_the_first_in_line_is_due(ledger: Ledger, database: Database) -> No
 
     assert due(ledger) == [("app:r1", False)]
     assert due(ledger, is_parked_due=False) == []
-    database.execute(
-        "UPDATE topup SET status = 'succeeded' WHERE idempotency_key = 'app:r1'"
-    )
+    database.change("app:r1", status="succeeded")
     assert due(ledger) == [("app:r2", False)]
     assert due(ledger, msisdn="+393330000009") == []
 
@@ -763,15 +740,13 @@ def test_parked_order_is_due_again_only_after_a_while(
     ledger.looked("app:r1")
     assert due(ledger) == []
 
-    database.execute("UPDATE topup SET looked_at = '2001-01-01 00:00:00'")
+    database.change(looked_at="2001-01-01 00:00:00")
     assert due(ledger) == [("app:r1", False)]
 
 
 def test_nothing_is_due_while_paused(ledger: Ledger, database: Database) -> None:
     make(Status.HELD, ledger, database, order())
-    database.execute(
-        "INSERT INTO pause VALUES ('app', 'ann', 'test', '2000-01-01 00:00:00')"
-    )
+    database.pause("app")
 
     assert due(ledger) == []
 

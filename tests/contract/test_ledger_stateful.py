@@ -16,7 +16,6 @@ from hypothesis.stateful import (
 )
 
 from function.api_profile import load_profile
-from function.ledger import Ledger
 from function.model import (
     TERMINAL,
     TRANSITIONS,
@@ -74,10 +73,9 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def empty(self) -> None:
-        for table in ("topup", "attempt", "pause"):
-            self.database.execute(f"DELETE FROM {table}")  # noqa: S608
+        self.database.empty()
         profile = load_profile(settings_of({"LEDGER_DATABASE_URL": "sqlite://"}))
-        self.ledger = Ledger(self.database.engine, profile, lease_s=300)
+        self.ledger = self.database.make_ledger(profile, lease_s=300)
 
     def unsettled(self, topup: TopUp) -> list[TopUp]:
         return [
@@ -169,10 +167,8 @@ class Machine(RuleBasedStateMachine):
         row = self.rows.get(topup.idempotency_key)
         if row and row.status is Status.IN_FLIGHT:
             row.is_lease_over = True
-            self.database.execute(
-                "UPDATE topup SET lease_until = '2001-01-01'"
-                " WHERE idempotency_key = :k",
-                k=topup.idempotency_key,
+            self.database.change(
+                topup.idempotency_key, lease_until="2001-01-01 00:00:00"
             )
 
     @rule(topup=some_order)
@@ -319,6 +315,10 @@ def run(
             phases=phases,
         ),
     )
+
+
+def test_ledger_in_memory_behaves_as_the_model(memory_database: Database) -> None:
+    run(memory_database, examples=200)
 
 
 def test_ledger_on_sqlite_behaves_as_the_model(sqlite_database: Database) -> None:

@@ -1,4 +1,4 @@
-"""Each legal transition, made by the code that owns it, on SQLite and MariaDB."""
+"""Each legal transition, made by the code that owns it, on each kind of ledger."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,7 @@ import pytest
 from function.ledger import Ledger
 from function.migrate import migrate
 from function.model import TRANSITIONS, Answer, Entry, Status
-from function.operations import Operations, Verdict
-from function.rules import Rules
+from function.operations import Verdict
 from tests.conftest import Database
 from tests.contract.test_ledger import ACCEPTED, DONE, NO, RETRY, UNKNOWN, make
 from tests.contract.test_ledger import ledger as ledger  # noqa: PLC0414 # a fixture.
@@ -22,7 +21,7 @@ ANSWERS = {
     Status.ACCEPTED: ACCEPTED,
     Status.REJECTED: NO,
 }
-Act = Callable[[Ledger, Operations, Entry], object]
+Act = Callable[[Ledger, Database, Entry], object]
 
 
 def settle(answer: Answer) -> Act:
@@ -44,10 +43,12 @@ def doubt(*, is_parked: bool) -> Act:
 
 
 def decide(verdict: Verdict) -> Act:
-    return lambda _, operations, __: operations.decide(KEY, verdict, reason="asked")
+    return lambda _, database, __: database.decide(
+        KEY, verdict, reason="asked", settle_s=0, amount_limit_minor=10_000
+    )
 
 
-def reclaim(ledger: Ledger, _: Operations, entry: Entry) -> object:
+def reclaim(ledger: Ledger, _: Database, entry: Entry) -> object:
     return ledger.reclaim(entry)
 
 
@@ -100,11 +101,10 @@ def test_legal_transition_is_made(
     entry = make(one, ledger, database, TOPUP)
     if one is not Status.IN_FLIGHT:
         # Nothing of it can land any more, which a person's decision demands.
-        database.execute(
-            "UPDATE topup SET lease_until = '2001-01-01', sent_at = '2001-01-01'"
+        database.change(
+            lease_until="2001-01-01 00:00:00", sent_at="2001-01-01 00:00:00"
         )
 
-    migrate(database.engine, Rules(0, 10_000))
-    ACTS[one, to](ledger, Operations(database.engine), entry)
+    ACTS[one, to](ledger, database, entry)
 
     assert database.row(KEY)["status"] == to.value

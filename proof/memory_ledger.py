@@ -1,0 +1,615 @@
+"""The ledger in plain memory: what ledger.py promises, without a database.
+
+Owns rows and compare-and-set on them, fast enough for a million simulated runs; must
+never be kinder than SQL. tests/contract holds it, SQLite and MariaDB to the same cases.
+
+Each method is one transaction: it happens whole, or (when the caller raises before it)
+not at all. Moments are integer microseconds of the clock that it is handed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from function.api_profile import ApiProfile
+from function.errors import IllegalTransition, OperationRefused
+from function.ledger import STATUS_OF_ANSWER, Ledger
+from function.model import (
+    TRANSITIONS,
+    UNSETTLED,
+    Answer,
+    AnswerClass,
+    Claim,
+    Entry,
+    Evidence,
+    Line,
+    Position,
+    Refused,
+    Status,
+    Stored,
+    TopUp,
+)
+from function.operations import Verdict, _path
+
+MICROS: Final = 1_000_000
+_ANSWERED: Final = frozenset({Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED})
+_UNHELD: Final = frozenset(
+    {Status.IN_DOUBT, Status.PARKED, Status.HELD, Status.RELEASED}
+)
+_FAILED: Final = frozenset({Status.IN_DOUBT, Status.PARKED, Status.RELEASED})
+#: Each useless attempt doubles the pause before a parked order is looked at again.
+_DOUBLINGS_MAX: Final = 8
+
+
+@dataclass(slots=True)
+class Row:
+    """One order: the columns of `schema.topup`."""
+
+    idempotency_key: str
+    fingerprint: str
+    status: Status
+    msisdn: str
+    channel: str
+    amount_minor: int
+    currency: str
+    payload: bytes
+    topic: str | None
+    kafka_partition: int | None
+    kafka_offset: int | None
+    rendered_key: str
+    place: int
+    created_at: int
+    updated_at: int
+    token: str | None = None
+    lease_until: int | None = None
+    first_sent_at: int | None = None
+    sent_at: int | None = None
+    attempts: int = 0
+    doubts: int = 0
+    last_class: str | None = None
+    reference: str | None = None
+    reason: str = ""
+    looked_at: int | None = None
+
+    @property
+    def place_in_line(self) -> tuple[int, int, str]:
+        """What sorts the rows of one subscriber (`schema.is_before`)."""
+        offset = -1 if self.kafka_offset is None else self.kafka_offset
+        return self.place, offset, self.idempotency_key
+
+    def as_columns(self) -> dict[str, object]:
+        """The row as a SELECT would show it, generated columns included."""
+        columns: dict[str, object] = {
+            each.name: getattr(self, each.name) for each in fields(self)
+        }
+        columns["unsettled"] = 1 if self.status in UNSETTLED else None
+        columns["active"] = 1 if self.status is Status.IN_FLIGHT else None
+        return columns
+
+
+class MemoryLedger(Ledger):
+    """Everything that `Ledger` promises, but in memory; for one thread.
+
+    Args:
+        profile: renders the recharge API's key.
+        lease_s: how long a claim excludes others, in seconds.
+        now: the database's clock, in integer microseconds.
+
+    """
+
+    def __init__(  # It shares the promises of Ledger, and nothing of its making.
+        self, profile: ApiProfile, *, lease_s: float, now: Callable[[], int]
+    ) -> None:
+        self._profile = profile
+        self._lease_us = round(lease_s * MICROS)
+        self._now = now
+        self._tokens = 0
+        self.orders: dict[str, Row] = {}
+        self.attempts: list[dict[str, object]] = []
+        self.quarantined: dict[tuple[object, ...], Refused] = {}
+        #: Channels, or `*`.
+        self.paused: set[str] = set()
+        self.decisions: list[dict[str, object]] = []
+
+    # -- What the function does ----------------------------------------------------
+
+    def claim(self, order: TopUp) -> Claim | None:
+        """As `Ledger.claim`."""
+        key = order.idempotency_key
+        if (
+            key in self.orders
+            or self._is_paused(_channel(order))
+            or self._line_of(order.msisdn)
+        ):
+            return None
+        now = self._now()
+        row = self._new_row(order, Status.IN_FLIGHT, now, now)
+        row.token = self.new_token()
+        row.lease_until = now + self._lease_us
+        row.first_sent_at = row.sent_at = now
+        row.attempts = 1
+        self._insert(row)
+        return Claim(row.token, row.rendered_key, is_doubted=False)
+
+    def reclaim(self, entry: Entry) -> Claim | None:
+        """As `Ledger.reclaim`."""
+        _check(entry.status, Status.IN_FLIGHT)
+        row = self._as_seen(entry)
+        if row is None or self._is_paused(row.channel):
+            return None
+        line = self._line_of(row.msisdn)
+        if any(each.place_in_line < row.place_in_line for each in line):
+            return None
+        if any(each.status is Status.IN_FLIGHT for each in line):
+            return None
+        now = self._now()
+        self._move(row, Status.IN_FLIGHT)
+        row.token = self.new_token()
+        row.lease_until = now + self._lease_us
+        if row.first_sent_at is None:
+            row.first_sent_at = now
+        row.sent_at = row.updated_at = now
+        row.attempts += 1
+        return Claim(row.token, entry.rendered_key, entry.doubts > 0)
+
+    def look(self, order: TopUp) -> tuple[Entry | None, Line]:
+        """As `Ledger.look`."""
+        row = self.orders.get(order.idempotency_key)
+        before = [
+            each
+            for each in self._line_of(order.msisdn)
+            if each is not row
+            and (
+                each.place_in_line < row.place_in_line
+                if row is not None
+                else not _is_later_here(each, order.position)
+            )
+        ]
+        first = min(before, key=lambda each: each.place_in_line, default=None)
+        line = Line(
+            self._is_paused(_channel(order)),
+            first.status if first else None,
+            any(each.status in {Status.PARKED, Status.HELD} for each in before),
+        )
+        return (self._entry(row) if row else None), line
+
+    def settle(self, key: str, token: str, answer: Answer) -> bool:
+        """As `Ledger.settle`."""
+        status = STATUS_OF_ANSWER[answer.classified]
+        _check(Status.IN_FLIGHT, status)
+        row = self._claimed(key, token)
+        if row is None:
+            return False
+        self._answer(row, status, answer)
+        row.reason = answer.reason if status is Status.REJECTED else ""
+        if answer.classified is not AnswerClass.DONE:
+            row.last_class = answer.classified
+            self._record(key, token, answer)
+        return True
+
+    def give_back(self, key: str, token: str, answer: Answer) -> bool:
+        """As `Ledger.give_back`."""
+        row = self._claimed(key, token)
+        if row is None:
+            return False
+        self._change(row, Status.IN_DOUBT if row.doubts else Status.RELEASED)
+        row.last_class = answer.classified
+        self._record(key, token, answer)
+        return True
+
+    def doubt(self, key: str, token: str, answer: Answer, *, is_parked: bool) -> bool:
+        """As `Ledger.doubt`."""
+        row = self._claimed(key, token)
+        if row is None:
+            return False
+        self._change(row, Status.PARKED if is_parked else Status.IN_DOUBT)
+        row.last_class = answer.classified
+        row.doubts += 1
+        self._record(key, token, answer)
+        return True
+
+    def expire(self, entry: Entry) -> bool:
+        """As `Ledger.expire`."""
+        token = entry.token or ""
+        row = self._claimed(entry.idempotency_key, token)
+        if row is None or not self._is_lease_over(row):
+            return False
+        self._change(row, Status.IN_DOUBT)
+        row.last_class = AnswerClass.UNKNOWN
+        row.doubts += 1
+        lost = Answer(AnswerClass.UNKNOWN, reason="lease_over")
+        self._record(entry.idempotency_key, token, lost)
+        return True
+
+    def end_doubt(self, entry: Entry, answer: Answer) -> bool:
+        """As `Ledger.end_doubt`."""
+        status = STATUS_OF_ANSWER[answer.classified]
+        _check(entry.status, status)
+        row = self._as_seen(entry)
+        if row is None:
+            return False
+        self._change(row, status)
+        row.reason = answer.reason if status is Status.REJECTED else ""
+        row.reference = answer.reference or row.reference
+        self._record(entry.idempotency_key, entry.token or "", answer)
+        return True
+
+    def park(self, entry: Entry) -> bool:
+        """As `Ledger.park`."""
+        _check(entry.status, Status.PARKED)
+        row = self._as_seen(entry)
+        if row is not None:
+            self._change(row, Status.PARKED)
+        return row is not None
+
+    def keep_evidence(self, key: str, token: str, answer: Answer) -> bool:
+        """As `Ledger.keep_evidence`."""
+        self._record(key, token, answer)
+        status = STATUS_OF_ANSWER.get(answer.classified)
+        row = self.orders.get(key)
+        if row is None or row.status not in _UNHELD:
+            return False
+        if status not in {Status.SUCCEEDED, Status.ACCEPTED}:
+            return False
+        self._answer(row, status, answer)
+        return True
+
+    def hold(self, order: TopUp) -> bool:
+        """As `Ledger.hold`."""
+        line = self._line_of(order.msisdn)
+        is_waiting = bool(line) or self._is_paused(_channel(order))
+        if not is_waiting or order.idempotency_key in self.orders:
+            return False
+        now = self._now()
+        place = min(
+            (each.place for each in line if _is_later_here(each, order.position)),
+            default=None,
+        )
+        if place is None:
+            last = max((each.place for each in line), default=None)
+            place = now if last is None or last < now else last + 1
+        self._insert(self._new_row(order, Status.HELD, place, now))
+        return True
+
+    def overtake(self, order: TopUp) -> int:
+        """As `Ledger.overtake`."""
+        if order.position is None:
+            return 0
+        changed = 0
+        for row in [*self.orders.values()]:
+            if row.msisdn != order.msisdn or not _is_earlier_here(row, order.position):
+                continue
+            is_lost = row.status is Status.IN_FLIGHT and self._is_lease_over(row)
+            if row.status is Status.IN_DOUBT or is_lost:
+                self._change(row, Status.PARKED)
+                row.doubts = row.doubts or 1
+                changed += 1
+            elif row.status is Status.RELEASED:
+                self._change(row, Status.HELD)
+                changed += 1
+        return changed
+
+    def put_in_quarantine(self, refused: Refused) -> bool:
+        """As `Ledger.put_in_quarantine`."""
+        at = refused.position
+        identity = (at, refused.raw, refused.announced_bytes)
+        if identity in self.quarantined:
+            return False
+        self.quarantined[identity] = refused
+        return True
+
+    def evidence(self, key: str) -> Evidence:
+        """As `Ledger.evidence`."""
+        row = self.orders[key]
+        since = row.first_sent_at
+        others = [each for each in self.orders.values() if each.msisdn != row.msisdn]
+        have_succeeded = since is not None and any(
+            each.status in _ANSWERED
+            and each.updated_at > since
+            and each.sent_at is not None
+            and each.sent_at >= since
+            for each in others
+        )
+        have_failed = since is not None and any(
+            each.status in _FAILED and each.updated_at >= since for each in others
+        )
+        is_probe_out = not have_succeeded and any(
+            each.status is Status.PARKED
+            and each is not row
+            and _partition(each) == _partition(row)
+            and not self._has_succeeded_since(each)
+            for each in self.orders.values()
+        )
+        return Evidence(have_succeeded, have_failed, is_probe_out)
+
+    def looked(self, key: str) -> None:
+        """As `Ledger.looked`."""
+        row = self.orders.get(key)
+        if row is not None:
+            row.looked_at = self._now()
+
+    # -- What the resolver does ----------------------------------------------------
+
+    def due(
+        self,
+        *,
+        given_up_s: float,
+        again_s: float,
+        is_parked_due: bool,
+        limit: int,
+        msisdn: str | None = None,
+    ) -> list[Stored]:
+        """As `Ledger.due`."""
+        given_up_at = self._now() - round(given_up_s * MICROS)
+        found = []
+        for row in self.orders.values():
+            is_given_up = row.updated_at < given_up_at and (
+                row.looked_at is None or row.looked_at < given_up_at
+            )
+            match row.status:
+                case Status.HELD:
+                    is_due = True
+                case Status.PARKED:
+                    is_due = is_parked_due and self._is_parked_unlooked(row, again_s)
+                case Status.IN_FLIGHT:
+                    is_due = self._is_lease_over(row)
+                case Status.IN_DOUBT | Status.RELEASED:
+                    is_due = is_given_up
+                case _:
+                    is_due = False
+            if (
+                is_due
+                and msisdn in {None, row.msisdn}
+                and not self._is_paused(row.channel)
+                and (row.status is Status.IN_FLIGHT or self._is_first(row))
+            ):
+                found.append((row, is_given_up))
+        found.sort(key=lambda each: (each[0].status is not Status.HELD, _last(each[0])))
+        return [_stored(row, is_given_up) for row, is_given_up in found[:limit]]
+
+    def accepted(self, *, again_s: float, watch_s: float, limit: int) -> list[Stored]:
+        """As `Ledger.accepted`."""
+        again_at = self._now() - round(again_s * MICROS)
+        watched_from = self._now() - round(watch_s * MICROS)
+        unlooked = [
+            row
+            for row in self.orders.values()
+            if row.looked_at is None or row.looked_at < again_at
+        ]
+        followed = [row for row in unlooked if row.status is Status.ACCEPTED]
+        watched = [
+            row
+            for row in unlooked
+            if watch_s > 0
+            and row.status is Status.SUCCEEDED
+            and row.last_class == AnswerClass.ACCEPTED
+            and row.updated_at > watched_from
+        ]
+        return [
+            _stored(row, is_given_up=False)
+            for rows in (followed, watched)
+            for row in sorted(rows, key=_last)[:limit]
+        ]
+
+    def wait_again(self, entry: Entry) -> bool:
+        """As `Ledger.wait_again`."""
+        _check(entry.status, Status.HELD)
+        row = self._as_seen(entry)
+        if row is not None:
+            self._change(row, Status.HELD)
+        return row is not None
+
+    def record_reversal(self, key: str, token: str, reference: str | None) -> None:
+        """As `Ledger.record_reversal`."""
+        self._record(key, token, Answer(AnswerClass.REVERSED, reference=reference))
+        row = self.orders[key]
+        row.last_class = AnswerClass.REVERSED
+        row.looked_at = self._now()
+
+    # -- What a person does --------------------------------------------------------
+
+    def decide(
+        self,
+        key: str,
+        verdict: Verdict,
+        *,
+        reason: str,
+        settle_s: float,
+        amount_limit_minor: int,
+        reference: str | None = None,
+        attempt_token: str | None = None,
+    ) -> None:
+        """As `Operations.decide`, whose own rules it asks; for one person.
+
+        Raises:
+            OperationRefused: nothing was written; says what the order is now.
+
+        """
+        row = self.orders.get(key)
+        if row is None or row.amount_minor > amount_limit_minor:
+            raise OperationRefused(f"{key}: not for one person, or not in the ledger")
+        columns: Any = row.as_columns()
+        columns["has_lease"] = not self._is_lease_over(row) and row.lease_until
+        columns["sent_age_s"] = self._age_s(row.sent_at)
+        path = _path(columns, verdict, settle_s, attempt_token)
+        decision: dict[str, object] = {"idempotency_key": key, "verdict": verdict}
+        self.decisions.append(decision | {"token": row.token or "", "reason": reason})
+        for status in path:
+            self._change(row, status)
+        if verdict is Verdict.EXECUTED:
+            row.reference, row.reason = reference, ""
+        elif verdict is Verdict.ABANDON:
+            row.reason = "abandoned_by_decision"
+        else:
+            row.doubts = 0
+
+    # -- Parts ---------------------------------------------------------------------
+
+    def new_token(self) -> str:
+        """A fence that was never given before; not random, so that runs repeat."""
+        self._tokens += 1
+        return f"{self._tokens:032x}"
+
+    def _insert(self, row: Row) -> None:
+        self.orders[row.idempotency_key] = row
+
+    def _move(self, row: Row, status: Status) -> None:
+        """The only place at which a row's status changes."""
+        row.status = status
+
+    def _change(self, row: Row, status: Status) -> None:
+        self._move(row, status)
+        row.updated_at = self._now()
+
+    def _answer(self, row: Row, status: Status, answer: Answer) -> None:
+        self._change(row, status)
+        row.reference = answer.reference
+
+    def _record(self, key: str, token: str, answer: Answer) -> None:
+        self.attempts.append(
+            {
+                "idempotency_key": key,
+                "token": token,
+                "classified": answer.classified,
+                "is_sent": int(answer.is_sent),
+                "http_status": answer.http_status,
+                "reference": answer.reference,
+                "reason": answer.reason,
+                "words": answer.words,
+            }
+        )
+
+    def _new_row(self, order: TopUp, status: Status, place: int, now: int) -> Row:
+        at = order.position
+        return Row(
+            idempotency_key=order.idempotency_key,
+            fingerprint=order.fingerprint,
+            status=status,
+            msisdn=order.msisdn,
+            channel=_channel(order),
+            amount_minor=order.amount_minor,
+            currency=order.currency,
+            payload=order.payload,
+            topic=at.topic if at else None,
+            kafka_partition=at.partition if at else None,
+            kafka_offset=at.offset if at else None,
+            rendered_key=self._profile.render_key(order.idempotency_key),
+            place=place,
+            created_at=now,
+            updated_at=now,
+        )
+
+    def _entry(self, row: Row) -> Entry:
+        return Entry(
+            idempotency_key=row.idempotency_key,
+            fingerprint=row.fingerprint,
+            status=row.status,
+            token=row.token,
+            is_lease_over=self._is_lease_over(row),
+            rendered_key=row.rendered_key,
+            sent_age_s=self._age_s(row.sent_at),
+            first_sent_age_s=self._age_s(row.first_sent_at),
+            doubts=row.doubts,
+            last_class=AnswerClass(row.last_class) if row.last_class else None,
+            reference=row.reference,
+            reason=row.reason,
+        )
+
+    def _line_of(self, msisdn: str) -> list[Row]:
+        """The unsettled orders of a subscriber."""
+        return [
+            row
+            for row in self.orders.values()
+            if row.msisdn == msisdn and row.status in UNSETTLED
+        ]
+
+    def _is_first(self, row: Row) -> bool:
+        place = row.place_in_line
+        return not any(each.place_in_line < place for each in self._line_of(row.msisdn))
+
+    def _as_seen(self, entry: Entry) -> Row | None:
+        """The row, if it is still the very attempt that was read."""
+        row = self.orders.get(entry.idempotency_key)
+        is_same = row and row.status is entry.status and row.token == entry.token
+        return row if is_same else None
+
+    def _claimed(self, key: str, token: str) -> Row | None:
+        """The row, if this attempt holds its claim."""
+        row = self.orders.get(key)
+        is_held = row and row.status is Status.IN_FLIGHT and row.token == token
+        return row if is_held else None
+
+    def _is_paused(self, channel: str) -> bool:
+        return bool(self.paused) and not self.paused.isdisjoint({"*", channel})
+
+    def _is_lease_over(self, row: Row) -> bool:
+        return row.lease_until is not None and row.lease_until < self._now()
+
+    def _is_parked_unlooked(self, row: Row, again_s: float) -> bool:
+        if row.looked_at is None:
+            return True
+        doublings = max(0, row.doubts - 1)
+        pause_s = again_s * 2 ** min(_DOUBLINGS_MAX, doublings)
+        return self._now() - row.looked_at >= pause_s * MICROS
+
+    def _has_succeeded_since(self, probe: Row) -> bool:
+        since = probe.first_sent_at
+        return since is not None and any(
+            each.status in _ANSWERED
+            and each.updated_at > since
+            and each.sent_at is not None
+            and each.sent_at >= since
+            and _partition(each) == _partition(probe)
+            for each in self.orders.values()
+        )
+
+    def _age_s(self, moment: int | None) -> float | None:
+        return None if moment is None else (self._now() - moment) / MICROS
+
+
+def _check(from_: Status, to: Status) -> None:
+    if to not in TRANSITIONS[from_]:
+        raise IllegalTransition(f"{from_} -> {to}")
+
+
+def _channel(order: TopUp) -> str:
+    return order.idempotency_key.partition(":")[0]
+
+
+def _partition(row: Row) -> tuple[str | None, int | None]:
+    return row.topic, row.kafka_partition
+
+
+def _is_later_here(row: Row, at: Position | None) -> bool:
+    return (
+        at is not None
+        and _partition(row) == (at.topic, at.partition)
+        and row.kafka_offset is not None
+        and row.kafka_offset > at.offset
+    )
+
+
+def _is_earlier_here(row: Row, at: Position | None) -> bool:
+    return (
+        at is not None
+        and _partition(row) == (at.topic, at.partition)
+        and row.kafka_offset is not None
+        and row.kafka_offset < at.offset
+    )
+
+
+def _last(row: Row) -> int:
+    return row.place if row.looked_at is None else row.looked_at
+
+
+def _stored(row: Row, is_given_up: bool) -> Stored:  # noqa: FBT001
+    at = None
+    if (
+        row.topic is not None
+        and row.kafka_partition is not None
+        and row.kafka_offset is not None
+    ):
+        at = Position(row.topic, row.kafka_partition, row.kafka_offset)
+    return Stored(
+        row.idempotency_key, row.msisdn, row.payload, at, row.status, is_given_up
+    )
