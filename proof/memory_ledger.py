@@ -32,11 +32,12 @@ from function.model import (
 from function.operations import Verdict, _path
 
 MICROS: Final = 1_000_000
-_ANSWERED: Final = frozenset({Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED})
-_UNHELD: Final = frozenset(
-    {Status.IN_DOUBT, Status.PARKED, Status.HELD, Status.RELEASED}
-)
-_FAILED: Final = frozenset({Status.IN_DOUBT, Status.PARKED, Status.RELEASED})
+# Tuples: an Enum's hash is slow, and these are asked all the time.
+_UNSETTLED: Final = tuple(UNSETTLED)
+_ANSWERED: Final = (Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED)
+_UNHELD: Final = (Status.IN_DOUBT, Status.PARKED, Status.HELD, Status.RELEASED)
+_FAILED: Final = (Status.IN_DOUBT, Status.PARKED, Status.RELEASED)
+_STUCK: Final = (Status.PARKED, Status.HELD)
 #: Each useless attempt doubles the pause before a parked order is looked at again.
 _DOUBLINGS_MAX: Final = 8
 
@@ -82,7 +83,7 @@ class Row:
         columns: dict[str, object] = {
             each.name: getattr(self, each.name) for each in fields(self)
         }
-        columns["unsettled"] = 1 if self.status in UNSETTLED else None
+        columns["unsettled"] = 1 if self.status in _UNSETTLED else None
         columns["active"] = 1 if self.status is Status.IN_FLIGHT else None
         return columns
 
@@ -104,6 +105,8 @@ class MemoryLedger(Ledger):
         self._lease_us = round(lease_s * MICROS)
         self._now = now
         self._tokens = 0
+        #: What the next claim is fenced with, if that is known before it is made.
+        self.next_token: str | None = None
         self.orders: dict[str, Row] = {}
         self.attempts: list[dict[str, object]] = []
         self.quarantined: dict[tuple[object, ...], Refused] = {}
@@ -169,7 +172,7 @@ class MemoryLedger(Ledger):
         line = Line(
             self._is_paused(_channel(order)),
             first.status if first else None,
-            any(each.status in {Status.PARKED, Status.HELD} for each in before),
+            any(each.status in _STUCK for each in before),
         )
         return (self._entry(row) if row else None), line
 
@@ -249,7 +252,7 @@ class MemoryLedger(Ledger):
         row = self.orders.get(key)
         if row is None or row.status not in _UNHELD:
             return False
-        if status not in {Status.SUCCEEDED, Status.ACCEPTED}:
+        if status not in _ANSWERED[:2]:
             return False
         self._answer(row, status, answer)
         return True
@@ -447,6 +450,9 @@ class MemoryLedger(Ledger):
 
     def new_token(self) -> str:
         """A fence that was never given before; not random, so that runs repeat."""
+        if self.next_token is not None:
+            token, self.next_token = self.next_token, None
+            return token
         self._tokens += 1
         return f"{self._tokens:032x}"
 
@@ -520,7 +526,7 @@ class MemoryLedger(Ledger):
         return [
             row
             for row in self.orders.values()
-            if row.msisdn == msisdn and row.status in UNSETTLED
+            if row.msisdn == msisdn and row.status in _UNSETTLED
         ]
 
     def _is_first(self, row: Row) -> bool:
@@ -550,7 +556,7 @@ class MemoryLedger(Ledger):
             return True
         doublings = max(0, row.doubts - 1)
         pause_s = again_s * 2 ** min(_DOUBLINGS_MAX, doublings)
-        return self._now() - row.looked_at >= pause_s * MICROS
+        return bool(self._now() - row.looked_at >= pause_s * MICROS)
 
     def _has_succeeded_since(self, probe: Row) -> bool:
         since = probe.first_sent_at
