@@ -161,8 +161,9 @@ class Processing:
 
         """
         for _ in range(_ROUNDS_MAX):
+            started = self._monotonic()
             entry, line = self._ledger.look(order)
-            receipt = self._resume(order, entry, line) if entry else None
+            receipt = self._resume(order, entry, line, started) if entry else None
             if receipt is not None:
                 return receipt
         return Receipt(Outcome.IN_FLIGHT, reason="contended")
@@ -192,12 +193,14 @@ class Processing:
                 continue
             if entry.fingerprint != order.fingerprint:
                 return self._refuse_reused_key(order)
-            receipt = self._resume(order, entry, line)
+            receipt = self._resume(order, entry, line, started)
             if receipt is not None:
                 return receipt
         return Receipt(Outcome.IN_FLIGHT, reason="contended")
 
-    def _resume(self, order: TopUp, entry: Entry, line: Line) -> Receipt | None:
+    def _resume(
+        self, order: TopUp, entry: Entry, line: Line, looked: float
+    ) -> Receipt | None:
         """Go on where the ledger says this order stands; None means look again."""
         settled = _SETTLED.get(entry.status)
         if settled is not None:
@@ -217,8 +220,8 @@ class Processing:
         if line.is_paused or line.blocker is not None:
             return self._wait(order, line)
         if entry.status in {Status.IN_DOUBT, Status.PARKED}:
-            return self._settle_doubt(order, entry)
-        return self._send_again(order, entry)
+            return self._settle_doubt(order, entry, looked)
+        return self._send_again(order, entry, self._monotonic())
 
     def _park_or_wait(self, order: TopUp, doubt: Receipt, started: float) -> Receipt:
         """Tell a poisoned order from an outage, so that it holds up nobody else.
@@ -249,15 +252,16 @@ class Processing:
 
     def _settle_at_once(self, order: TopUp) -> Receipt | None:
         """Try once to end a fresh doubt; None if it stays one."""
+        looked = self._monotonic()
         entry, line = self._ledger.look(order)
         if entry is None or entry.status is not Status.IN_DOUBT:
             return None
-        if entry.sent_age_s != entry.first_sent_age_s:
-            # Not its first attempt: what was of no use before waits.
+        if not _is_first_attempt(entry):
+            # What was of no use before waits.
             return None
         if line.is_paused or line.blocker is not None:
             return None
-        receipt = self._settle_doubt(order, entry)
+        receipt = self._settle_doubt(order, entry, looked)
         is_ended = receipt is not None and receipt.outcome is not Outcome.IN_DOUBT
         return receipt if is_ended else None
 
@@ -274,11 +278,10 @@ class Processing:
             return None
         return Receipt(Outcome.WAITING)
 
-    def _send_again(self, order: TopUp, entry: Entry) -> Receipt | None:
+    def _send_again(self, order: TopUp, entry: Entry, started: float) -> Receipt | None:
         """Claim a known row anew and send; None means that it changed meanwhile."""
         if self._is_draining():
             return Receipt(Outcome.DRAINING)
-        started = self._monotonic()
         if self._rest.is_on(started):
             return Receipt(Outcome.API_AWAY)
         claim = self._claim(entry.idempotency_key, lambda: self._ledger.reclaim(entry))
@@ -389,8 +392,14 @@ class Processing:
             return _repetition(settled, entry)
         return Receipt(Outcome.IN_FLIGHT, reason="fenced_off", attempt=claim.token)
 
-    def _settle_doubt(self, order: TopUp, entry: Entry) -> Receipt | None:
-        """Find out what became of the last attempt, as far as the API can tell."""
+    def _settle_doubt(
+        self, order: TopUp, entry: Entry, looked: float
+    ) -> Receipt | None:
+        """Find out what became of the last attempt, as far as the API can tell.
+
+        The deadline of what is sent within a window runs from before the row was read:
+        a process that sleeps here finds its window over, and must not send.
+        """
         kind = self._profile.kind
         if entry.api_kind not in {None, kind}:
             # What was sent to one kind of API is not repeated to another.
@@ -406,7 +415,7 @@ class Processing:
                 # A repeated key protects no more, so it is never sent again.
                 kind = self._profile.kind_after_window
             else:
-                return self._send_again(order, entry)
+                return self._send_again(order, entry, looked)
         if kind in {Kind.REFUSE, Kind.LOOKUP}:
             return self._look_up(order, entry)
         return self._park(entry, "cannot_be_found_out")
@@ -417,6 +426,11 @@ class Processing:
             case Finding.EXECUTED:
                 answer = Answer(AnswerClass.DONE, reference=found.reference)
                 return self._end_doubt(entry, answer)
+            case Finding.FAILED if not (
+                _is_first_attempt(entry) or self._has_settled(entry)
+            ):
+                # It may tell of an earlier attempt, and the last one can still land.
+                return Receipt(Outcome.IN_DOUBT, reason="not_settled_yet")
             case Finding.FAILED:
                 answer = Answer(AnswerClass.NO, reason="looked_up_failed")
                 return self._end_doubt(entry, answer)
@@ -437,14 +451,18 @@ class Processing:
 
     def _absent(self, order: TopUp, entry: Entry) -> Receipt | None:
         """Nothing found: proof only once the attempt can't land any more."""
-        if (entry.sent_age_s or 0.0) <= self._profile.settle_s:
+        if not self._has_settled(entry):
             return Receipt(Outcome.IN_DOUBT, reason="not_settled_yet")
         if entry.last_class is AnswerClass.SAME_REFERENCE:
             # The API knows the reference and yet finds nothing: it contradicts itself.
             return self._park(entry, "used_but_absent")
         if self._profile.kind is Kind.REPLAY:
             return self._park(entry, "window_over")
-        return self._send_again(order, entry)
+        return self._send_again(order, entry, self._monotonic())
+
+    def _has_settled(self, entry: Entry) -> bool:
+        """Nothing of its last attempt can land any more."""
+        return (entry.sent_age_s or 0.0) > self._profile.settle_s
 
     def _end_doubt(self, entry: Entry, answer: Answer) -> Receipt | None:
         if not self._ledger.end_doubt(entry, answer):
@@ -480,6 +498,10 @@ class Processing:
 
 def _repetition(outcome: Outcome, entry: Entry) -> Receipt:
     return Receipt(outcome, entry.reference, entry.reason, is_repetition=True)
+
+
+def _is_first_attempt(entry: Entry) -> bool:
+    return entry.sent_age_s == entry.first_sent_age_s
 
 
 def _claim_of(entry: Entry, token: str) -> Claim:

@@ -14,6 +14,7 @@ from function.model import (
     Claim,
     Entry,
     Finding,
+    Line,
     LookUp,
     Outcome,
     TopUp,
@@ -33,6 +34,7 @@ SAME_REFERENCE = Answer(AnswerClass.SAME_REFERENCE, http_status=409)
 SAME_CONTENT = Answer(AnswerClass.SAME_CONTENT, http_status=409)
 EXECUTED = LookUp(Finding.EXECUTED, "R-1")
 ABSENT = LookUp(Finding.ABSENT)
+FAILED = LookUp(Finding.FAILED)
 
 Action = Callable[[], None]
 
@@ -47,9 +49,12 @@ class ScriptedApi:
     meanwhile: Action = lambda: None
     sent: list[tuple[str, str]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    #: Of each call: moment after which the real client sends nothing.
+    deadlines: list[float] = field(default_factory=list)
 
-    def recharge(self, order: TopUp, rendered_key: str, deadline: float) -> Answer:  # noqa: ARG002
+    def recharge(self, order: TopUp, rendered_key: str, deadline: float) -> Answer:
         self.sent.append((order.idempotency_key, rendered_key))
+        self.deadlines.append(deadline)
         self.meanwhile()
         return self.answers.pop(0)
 
@@ -263,6 +268,28 @@ def test_replay_never_sends_after_its_window(database: Database) -> None:
     assert pod.alerts == [("parked", "app:r1")]
 
 
+def test_process_that_sleeps_over_the_window_sends_nothing(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = Pod(database, Kind.REPLAY)
+    pod.doubt(order())
+    look = pod.ledger.look
+
+    def look_and_sleep(topup: TopUp) -> tuple[Entry | None, Line]:
+        seen = look(topup)
+        pod.now += 2 * 3600
+        return seen
+
+    monkeypatch.setattr(pod.ledger, "look", look_and_sleep)
+    moments: list[float] = []
+    pod.api.meanwhile = lambda: moments.append(pod.now)
+
+    pod.deliver(order(), NOT_SENT)
+
+    # The deadline is over before the request can leave.
+    assert pod.api.deadlines[0] < moments[0]
+
+
 def test_window_counts_from_the_first_send(database: Database) -> None:
     pod = Pod(database, Kind.REPLAY)
     pod.doubt(order())
@@ -332,6 +359,26 @@ def test_absent_after_the_settling_time_is_sent_again_with_the_same_key(
     assert pod.deliver(order(), DONE) is Outcome.SUCCEEDED
 
     assert pod.api.sent == [("app:r1", "app:r1")] * 2
+
+
+@pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP])
+def test_failure_of_an_earlier_attempt_does_not_reject_while_the_last_can_land(
+    database: Database, kind: Kind
+) -> None:
+    pod = Pod(database, kind)
+    pod.outage()
+    pod.doubt(order())
+    database.change("app:r1", sent_at="2001-01-01", first_sent_at="2001-01-01")
+    pod.api.findings = [ABSENT]
+    assert pod.deliver(order(), UNKNOWN) is Outcome.IN_DOUBT
+
+    # The list of the API has the first attempt, refused; the second is under way.
+    pod.api.findings = [FAILED]
+    assert pod.deliver(order()) is Outcome.IN_DOUBT
+
+    database.change("app:r1", sent_at="2001-01-02")
+    pod.api.findings = [FAILED]
+    assert pod.deliver(order()) is Outcome.REJECTED
 
 
 @pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP])
