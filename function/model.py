@@ -248,7 +248,7 @@ class Evidence(NamedTuple):
     have_others_succeeded: bool
     #: One of them failed: the API may be the trouble.
     have_others_failed: bool
-    #: An order of this partition was parked, and none succeeded in it since.
+    #: One of them in this partition was parked, and none succeeded in it since.
     is_probe_out: bool
 
 

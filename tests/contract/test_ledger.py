@@ -678,6 +678,16 @@ def test_probe_is_out_until_something_succeeds_in_its_partition(
     assert not ledger.evidence("app:r1").is_probe_out
 
 
+def test_parked_order_of_the_same_subscriber_is_no_probe(
+    ledger: Ledger, database: Database
+) -> None:
+    in_doubt(ledger, order("r1", offset=1))
+    assert ledger.hold(order("r2", offset=2))
+    database.change("app:r2", status="parked")
+
+    assert not ledger.evidence("app:r1").is_probe_out
+
+
 def due(ledger: Ledger, **changes: object) -> list[tuple[str, bool]]:
     options = {"given_up_s": 900.0, "again_s": 10.0, "is_parked_due": True, "limit": 9}
     found = ledger.due(**(options | changes))  # type: ignore[arg-type]
