@@ -21,6 +21,16 @@ from proof.simulated_api import Execution, SimulatedApi
 #: hash is slow.
 TERMINAL: Final = (Status.SUCCEEDED, Status.REJECTED, Status.ABANDONED)
 SETTLED: Final = (*TERMINAL, Status.ACCEPTED)
+#: After these answers the source may give up, so the order must be recorded.
+_RECORDED: Final = (
+    Outcome.WAITING,
+    Outcome.HELD,
+    Outcome.PAUSED,
+    Outcome.RELEASED,
+    Outcome.REFUSED_US,
+    Outcome.IN_DOUBT,
+    Outcome.PARKED,
+)
 #: Knative's dispatcher brings these again (besides errors of the connection).
 _BROUGHT_AGAIN: Final = frozenset({404, 408, 409, 429})
 
@@ -78,6 +88,7 @@ class Judge:
             self._first.setdefault(record.idempotency_key, record)
         #: Keys on which the source gave up before the ledger knew them.
         self._excused: set[str] = set()
+        self._accepted: set[str] = set()
         self.transitions: set[tuple[str, str]] = set()
         #: Counts every change, so that others see whether there was any.
         self.changes = 0
@@ -120,7 +131,9 @@ class Judge:
             raise Violation(f"misjudged: {key} succeeded, and the book has nothing")
         if status in {"rejected", "abandoned"} and executions:
             raise Violation(f"misjudged: {key} was {status} although it was executed")
-        if status == "accepted" and key not in self._api.book:
+        if status is Status.ACCEPTED:
+            self._accepted.add(key)
+        if status is Status.ACCEPTED and key not in self._api.book:
             raise Violation(f"misjudged: {key} was accepted, and the book has nothing")
 
     def answered(self, order: TopUp, receipt: Receipt, http_status: int) -> None:
@@ -128,12 +141,18 @@ class Judge:
         key = order.idempotency_key
         row = self._ledger.orders.get(key)
         if 200 <= http_status < 300:  # noqa: PLR2004
-            if row is None or row.status.value not in {"succeeded", "accepted"}:
+            # An accepted one may have come to its end before the answer leaves.
+            is_settled = row is not None and (
+                row.status is Status.SUCCEEDED or key in self._accepted
+            )
+            if not is_settled:
                 found = row.status if row else "no row"
                 raise Violation(f"unsettled: {key} was answered {http_status}: {found}")
             references = {each.reference for each in self._api.executions(key)}
             if references and receipt.reference not in references:
                 raise Violation(f"reference: {key} was given {receipt.reference}")
+        elif receipt.outcome in _RECORDED and row is None:
+            raise Violation(f"lost: {key} was answered {receipt.outcome}, unrecorded")
         elif not is_brought_again(http_status):
             quarantined = self._ledger.quarantined.values()
             if row is None and key not in {
@@ -163,10 +182,12 @@ class Judge:
 
         """
         self._nothing_missing()
-        stuck = {row.msisdn for row in self.unsettled() if row.status.value == "parked"}
-        for row in self.unsettled():
-            is_visible = row.status.value in {"parked", "held"}
-            if not is_visible or row.msisdn not in stuck:
+        rows = self.unsettled()
+        for row in rows:
+            line = [each for each in rows if each.msisdn == row.msisdn]
+            first = min(line, key=lambda each: each.place_in_line)
+            # What stands behind a parked one waits for it, in whatever state.
+            if first.status is not Status.PARKED or row.status is Status.IN_FLIGHT:
                 raise Violation(
                     f"stuck: nobody brings on {row.idempotency_key} ({row.status})"
                 )

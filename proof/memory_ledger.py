@@ -318,10 +318,9 @@ class MemoryLedger(Ledger):
         )
         is_probe_out = not have_succeeded and any(
             each.status is Status.PARKED
-            and each is not row
             and _partition(each) == _partition(row)
             and not self._has_succeeded_since(each)
-            for each in self.orders.values()
+            for each in others
         )
         return Evidence(have_succeeded, have_failed, is_probe_out)
 

@@ -21,15 +21,19 @@ _SHAPES: Final = (
     (((1, 0), (3, 1)), ((2, 0), (1, 0))),
     (((1, 0), (3, 1), (4, 2)), ((2, 0), (5, 1))),
 )
-_HORIZONS: Final = (30, 60, 120)
+_HORIZONS: Final = (25, 50, 100)
 _RARE: Final = 0.15
 
 
-def draw_setup(rng: random.Random, kinds: tuple[str, ...] = KINDS) -> Setup:
-    """A setup at random: runs differ in what they have and in what troubles them."""
+def draw_setup(rng: random.Random, kind: str | None = None) -> Setup:
+    """A setup at random: runs differ in what they have and in what troubles them.
+
+    The rest does not depend on whether the kind is given or drawn.
+    """
+    drawn = rng.choice(KINDS)
     is_few = rng.random() < 0.5  # noqa: PLR2004 # A coin.
     return Setup(
-        kind=rng.choice(kinds),
+        kind=kind or drawn,
         partitions=rng.choice(_SHAPES),
         pods=rng.choice((2, 2, 3)),
         resolvers=rng.choice((1, 1, 2)),

@@ -23,7 +23,7 @@ from function.model import Outcome, Position, Receipt, Status, TopUp
 from function.operations import Verdict
 from function.processing import Processing
 from function.resolver import Resolver
-from proof.chooser import Chooser, Point
+from proof.chooser import Chooser, Deviation, Point
 from proof.judge import Judge, WatchedLedger, read_status_table
 from proof.memory_ledger import Row
 from proof.scheduler import MICROS, Scheduler, Task, Violation
@@ -61,7 +61,7 @@ _QUIET_ROUNDS: Final = 9
 _PATIENCE: Final = 2
 _ROUND_S: Final = 10
 _JUMPS_US: Final = tuple(
-    round((each_s + 1) * MICROS) for each_s in (LEASE_S, SETTLE_S, GIVEN_UP_S, WINDOW_S)
+    round((each_s + 1) * MICROS) for each_s in (LEASE_S, SETTLE_S, WINDOW_S)
 )
 _STATUS: Final = read_status_table()
 
@@ -220,6 +220,7 @@ class World:
     ) -> None:
         self.setup = setup
         self.chooser = chooser
+        self._first_chooser = chooser
         self.make_processing = make_processing
         self.scheduler = Scheduler(is_traced=is_traced)
         self.profile = _profile(setup.kind, setup.after_window)
@@ -249,8 +250,22 @@ class World:
             _Process(self, f"resolver{n}", is_resolver=True)
             for n in range(setup.resolvers)
         ]
+        #: Pods so far; a pod's name never comes back while it still drains.
+        self._made = setup.pods - 1
         self._person: Task | None = None
         self._settled = 0
+        is_windowed = self.profile.kind is Kind.REPLAY
+        self._jumps = _JUMPS_US if is_windowed else _JUMPS_US[:2]
+
+    @property
+    def chosen(self) -> list[Deviation]:
+        """The deviations that this run took."""
+        return self._first_chooser.taken
+
+    @property
+    def points(self) -> int:
+        """The choice points that this run has passed in its first phase."""
+        return self._first_chooser.points
 
     # -- A run ---------------------------------------------------------------------
 
@@ -281,9 +296,7 @@ class World:
         self.chooser = self.api.chooser = Chooser()
         self.ledger.paused.clear()
         self.source.gives_up = False
-        for process in [*self._pods, *self._resolvers]:
-            if process.is_draining:
-                self._restart(process)
+        for process in self._resolvers:
             process.pause_s, process.round_at = _ROUND_S, self.scheduler.now
         self.scheduler.say("-- no more faults")
         self._until(self._is_at_rest)
@@ -436,7 +449,7 @@ class World:
             ]
         if "jump" in events:
             acts.append(("wait", self._jump, None))
-            acts += [("jump", self._jump, each) for each in _JUMPS_US]
+            acts += [("jump", self._jump, each) for each in self._jumps]
         return acts + self._disturbances(events)
 
     def _disturbances(self, events: tuple[str, ...]) -> list[_Act]:
@@ -455,7 +468,7 @@ class World:
             acts += [
                 ("drain", self._drain, each)
                 for each in self._pods
-                if not each.is_draining
+                if any(task.process == each.name for task in self.scheduler.tasks)
             ]
         if "pause" in events:
             acts.append(("pause", self._switch_pause, None))
@@ -466,7 +479,7 @@ class World:
     # -- What the parts do ---------------------------------------------------------
 
     def _deliver(self, lane: Lane) -> None:
-        pods = [pod for pod in self._pods if not pod.is_draining] or self._pods
+        pods = self._pods
         pod = pods[lane.partition % len(pods)]
         others = [each for each in pods if each is not pod]
         if self.chooser.deviates(Point.DETAIL):
@@ -529,9 +542,13 @@ class World:
         pool[pool.index(process)] = fresh
 
     def _drain(self, process: _Process) -> None:
-        """SIGTERM: what runs ends, what comes is sent away."""
-        self.scheduler.say(f"{process.name} drains")
+        """SIGTERM: what runs ends; another pod takes what comes."""
+        self._made += 1
+        name = f"pod{self._made}"
+        self.scheduler.say(f"{process.name} drains, {name} replaces it")
         process.is_draining = True
+        fresh = _Process(self, name, is_resolver=False)
+        self._pods[self._pods.index(process)] = fresh
 
     def _switch_pause(self, _: None) -> None:
         paused = self.ledger.paused
