@@ -784,27 +784,23 @@ _others_succeeded = _is_some(
     _other.c.sent_at >= topup.c.first_sent_at,
 )
 _success = topup.alias("success")
-_is_probe_out = (
-    exists()
-    .where(
-        _other.c.status == Status.PARKED.value,
-        _here,
-        # Of the same subscriber it shows nothing: that one alone may be the trouble.
-        _other.c.msisdn != topup.c.msisdn,
-        not_(
-            exists().where(
-                _success.c.status.in_(_ANSWERED),
-                # Not since its last change: the resolver tries it again and again.
-                _success.c.updated_at > _other.c.first_sent_at,
-                _success.c.sent_at >= _other.c.first_sent_at,
-                _success.c.topic.is_not_distinct_from(_other.c.topic),
-                _success.c.kafka_partition.is_not_distinct_from(
-                    _other.c.kafka_partition
-                ),
-            )
-        ),
-    )
-    .correlate(topup)
+_is_probe_out = _is_some(
+    _other,
+    _other.c.status == Status.PARKED.value,
+    _here,
+    # Of the same subscriber it shows nothing: that one alone may be the trouble.
+    _other.c.msisdn != topup.c.msisdn,
+    not_(
+        _is_some(
+            _success,
+            _success.c.status.in_(_ANSWERED),
+            # Not since its last change: the resolver tries it again and again.
+            _success.c.updated_at > _other.c.first_sent_at,
+            _success.c.sent_at >= _other.c.first_sent_at,
+            _success.c.topic.is_not_distinct_from(_other.c.topic),
+            _success.c.kafka_partition.is_not_distinct_from(_other.c.kafka_partition),
+        )
+    ),
 )
 _EVIDENCE: Final = select(
     _others_succeeded.label("have_others_succeeded"),

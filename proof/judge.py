@@ -204,9 +204,7 @@ class Judge:
             raise Violation(f"stuck: at the end {', '.join(left)}")
         for row in self._ledger.orders.values():
             executions = len(self._api.executions(row.idempotency_key))
-            # Nobody can follow an accepted one where the API can't be asked.
-            is_open = row.status is Status.ACCEPTED
-            if not is_open and executions != (row.status is Status.SUCCEEDED):
+            if executions != (row.status is Status.SUCCEEDED):
                 raise Violation(
                     f"misjudged: {row.idempotency_key} is {row.status}, "
                     f"and the book has {executions}"

@@ -30,6 +30,7 @@ from function.model import (
     TopUp,
 )
 from function.operations import Verdict, _path
+from function.rules import Rules
 
 MICROS: Final = 1_000_000
 # Tuples: an Enum's hash is slow, and these are asked all the time.
@@ -67,6 +68,7 @@ class Row:
     sent_at: int | None = None
     attempts: int = 0
     doubts: int = 0
+    api_kind: str | None = None
     last_class: str | None = None
     reference: str | None = None
     reason: str = ""
@@ -95,23 +97,30 @@ class MemoryLedger(Ledger):
         profile: renders the recharge API's key.
         lease_s: how long a claim excludes others, in seconds.
         now: the database's clock, in integer microseconds.
+        rules: what a person's decision must keep.
 
     """
 
     def __init__(  # It shares the promises of Ledger, and nothing of its making.
-        self, profile: ApiProfile, *, lease_s: float, now: Callable[[], int]
+        self,
+        profile: ApiProfile,
+        *,
+        lease_s: float,
+        now: Callable[[], int],
+        rules: Rules,
     ) -> None:
         self._profile = profile
         self._lease_us = round(lease_s * MICROS)
         self._now = now
+        self._rules = rules
         self._tokens = 0
         #: What the next claim is fenced with, if that is known before it is made.
         self.next_token: str | None = None
         self.orders: dict[str, Row] = {}
         self.attempts: list[dict[str, object]] = []
         self.quarantined: dict[tuple[object, ...], Refused] = {}
-        #: Channels, or `*`.
-        self.paused: set[str] = set()
+        #: Channels, or `*`, and who has paused them and why.
+        self.paused: dict[str, str] = {}
         self.decisions: list[dict[str, object]] = []
 
     # -- What the function does ----------------------------------------------------
@@ -131,6 +140,7 @@ class MemoryLedger(Ledger):
         row.lease_until = now + self._lease_us
         row.first_sent_at = row.sent_at = now
         row.attempts = 1
+        row.api_kind = self._profile.kind
         self._insert(row)
         return Claim(row.token, row.rendered_key, is_doubted=False)
 
@@ -153,6 +163,8 @@ class MemoryLedger(Ledger):
             row.first_sent_at = now
         row.sent_at = row.updated_at = now
         row.attempts += 1
+        row.api_kind = self._profile.kind
+        row.reason = ""
         return Claim(row.token, entry.rendered_key, entry.doubts > 0)
 
     def look(self, order: TopUp) -> tuple[Entry | None, Line]:
@@ -173,6 +185,7 @@ class MemoryLedger(Ledger):
             self._is_paused(_channel(order)),
             first.status if first else None,
             any(each.status in _STUCK for each in before),
+            self.paused.get("*") or self.paused.get(_channel(order)) or "",
         )
         return (self._entry(row) if row else None), line
 
@@ -208,6 +221,7 @@ class MemoryLedger(Ledger):
         self._change(row, Status.PARKED if is_parked else Status.IN_DOUBT)
         row.last_class = answer.classified
         row.doubts += 1
+        row.reason = answer.reason if is_parked else ""
         self._record(key, token, answer)
         return True
 
@@ -237,12 +251,20 @@ class MemoryLedger(Ledger):
         self._record(entry.idempotency_key, entry.token or "", answer)
         return True
 
-    def park(self, entry: Entry) -> bool:
+    def park(self, entry: Entry, reason: str) -> bool:
         """As `Ledger.park`."""
         _check(entry.status, Status.PARKED)
         row = self._as_seen(entry)
         if row is not None:
             self._change(row, Status.PARKED)
+            row.reason = reason
+        return row is not None
+
+    def note(self, entry: Entry, reason: str) -> bool:
+        """As `Ledger.note`."""
+        row = self._as_seen(entry)
+        if row is not None:
+            row.reason = reason
         return row is not None
 
     def keep_evidence(self, key: str, token: str, answer: Answer) -> bool:
@@ -255,6 +277,7 @@ class MemoryLedger(Ledger):
         if status not in _ANSWERED[:2]:
             return False
         self._answer(row, status, answer)
+        row.reason = ""
         return True
 
     def hold(self, order: TopUp) -> bool:
@@ -263,22 +286,33 @@ class MemoryLedger(Ledger):
         is_waiting = bool(line) or self._is_paused(_channel(order))
         if not is_waiting or order.idempotency_key in self.orders:
             return False
-        now = self._now()
         place = min(
             (each.place for each in line if _is_later_here(each, order.position)),
             default=None,
         )
-        if place is None:
-            last = max((each.place for each in line), default=None)
-            place = now if last is None or last < now else last + 1
-        self._insert(self._new_row(order, Status.HELD, place, now))
+        self._record_new(order, Status.HELD, place)
         return True
 
-    def overtake(self, order: TopUp) -> int:
+    def put_off(self, order: TopUp) -> bool:
+        """As `Ledger.put_off`."""
+        if order.idempotency_key in self.orders:
+            return False
+        self._record_new(order, Status.RELEASED, None)
+        return True
+
+    def _record_new(self, order: TopUp, status: Status, place: int | None) -> None:
+        """A row that was not sent; at the end of its line if no place is given."""
+        now = self._now()
+        if place is None:
+            places = [each.place for each in self._line_of(order.msisdn)]
+            place = max([now, *(each + 1 for each in places)])
+        self._insert(self._new_row(order, status, place, now))
+
+    def overtake(self, order: TopUp) -> list[str]:
         """As `Ledger.overtake`."""
         if order.position is None:
-            return 0
-        changed = 0
+            return []
+        changed = []
         for row in [*self.orders.values()]:
             if row.msisdn != order.msisdn or not _is_earlier_here(row, order.position):
                 continue
@@ -286,11 +320,13 @@ class MemoryLedger(Ledger):
             if row.status is Status.IN_DOUBT or is_lost:
                 self._change(row, Status.PARKED)
                 row.doubts = row.doubts or 1
-                changed += 1
+                row.reason = "source_gave_up"
+                changed.append(row)
             elif row.status is Status.RELEASED:
                 self._change(row, Status.HELD)
-                changed += 1
-        return changed
+                changed.append(row)
+        changed.sort(key=lambda each: (each.place, each.idempotency_key))
+        return [each.idempotency_key for each in changed]
 
     def put_in_quarantine(self, refused: Refused) -> bool:
         """As `Ledger.put_in_quarantine`."""
@@ -416,8 +452,6 @@ class MemoryLedger(Ledger):
         verdict: Verdict,
         *,
         reason: str,
-        settle_s: float,
-        amount_limit_minor: int,
         reference: str | None = None,
         attempt_token: str | None = None,
     ) -> None:
@@ -428,12 +462,12 @@ class MemoryLedger(Ledger):
 
         """
         row = self.orders.get(key)
-        if row is None or row.amount_minor > amount_limit_minor:
+        if row is None or row.amount_minor > self._rules.second_person_above_minor:
             raise OperationRefused(f"{key}: not for one person, or not in the ledger")
         columns: Any = row.as_columns()
         columns["has_lease"] = not self._is_lease_over(row) and row.lease_until
         columns["sent_age_s"] = self._age_s(row.sent_at)
-        path = _path(columns, verdict, settle_s, attempt_token)
+        path = _path(columns, verdict, self._rules.settle_s, attempt_token)
         decision: dict[str, object] = {"idempotency_key": key, "verdict": verdict}
         self.decisions.append(decision | {"token": row.token or "", "reason": reason})
         for status in path:
@@ -443,7 +477,7 @@ class MemoryLedger(Ledger):
         elif verdict is Verdict.ABANDON:
             row.reason = "abandoned_by_decision"
         else:
-            row.doubts = 0
+            row.doubts, row.reason = 0, ""
 
     # -- Parts ---------------------------------------------------------------------
 
@@ -515,6 +549,7 @@ class MemoryLedger(Ledger):
             sent_age_s=self._age_s(row.sent_at),
             first_sent_age_s=self._age_s(row.first_sent_at),
             doubts=row.doubts,
+            api_kind=row.api_kind,
             last_class=AnswerClass(row.last_class) if row.last_class else None,
             reference=row.reference,
             reason=row.reason,
@@ -545,7 +580,7 @@ class MemoryLedger(Ledger):
         return row if is_held else None
 
     def _is_paused(self, channel: str) -> bool:
-        return bool(self.paused) and not self.paused.isdisjoint({"*", channel})
+        return bool(self.paused) and ("*" in self.paused or channel in self.paused)
 
     def _is_lease_over(self, row: Row) -> bool:
         return row.lease_until is not None and row.lease_until < self._now()

@@ -23,6 +23,7 @@ from function.model import Outcome, Position, Receipt, Status, TopUp
 from function.operations import Verdict
 from function.processing import Processing
 from function.resolver import Resolver
+from function.rules import Rules
 from proof.chooser import Chooser, Deviation, Point
 from proof.judge import Judge, WatchedLedger, read_status_table
 from proof.memory_ledger import Row
@@ -39,6 +40,8 @@ SETTLE_S: Final = 60.0
 WINDOW_S: Final = 300.0
 GIVEN_UP_S: Final = 120.0
 AGAIN_S: Final = 10.0
+ACCEPTED_MAX_S: Final = 600.0
+_RULES: Final = Rules(SETTLE_S, second_person_above_minor=10_000)
 
 #: What can befall a run, beside the API's and the ledger's troubles.
 EVENTS: Final = (
@@ -182,6 +185,7 @@ class _Process:
             given_up_s=GIVEN_UP_S,
             again_s=AGAIN_S,
             watch_s=0,
+            accepted_max_s=ACCEPTED_MAX_S,
             is_stopping=lambda: self.is_draining,
             alert=world.alert,
         )
@@ -193,6 +197,8 @@ class _Process:
 
 _READS: Final = frozenset({"look", "evidence", "due", "accepted"})
 _CLAIMS: Final = frozenset({"claim", "reclaim"})
+#: What a person may have to decide about.
+_FOR_PERSONS: Final = (Status.PARKED, Status.IN_DOUBT, Status.ACCEPTED)
 #: Its name, what does it, and to what.
 _Act = tuple[str, Callable[[Any], None], Any]
 
@@ -226,7 +232,9 @@ class World:
         self.profile = _profile(setup.kind, setup.after_window)
         self.counts: Counter[str] = Counter()
         self.api = SimulatedApi(self.scheduler, chooser, self.profile, setup.troubles)
-        self.ledger = make_ledger(self.profile, lease_s=LEASE_S, now=self._database_now)
+        self.ledger = make_ledger(
+            self.profile, lease_s=LEASE_S, now=self._database_now, rules=_RULES
+        )
         partitions = [
             [
                 _order(number, subscriber, partition, offset)
@@ -254,6 +262,8 @@ class World:
         self._made = setup.pods - 1
         self._person: Task | None = None
         self._settled = 0
+        #: Nobody else will bring anything on.
+        self._is_person_last = False
         is_windowed = self.profile.kind is Kind.REPLAY
         self._jumps = _JUMPS_US if is_windowed else _JUMPS_US[:2]
 
@@ -305,7 +315,8 @@ class World:
 
     def _decide(self) -> None:
         self.api.poisoned = frozenset()
-        if self.judge.unsettled():
+        self._is_person_last = True
+        if self.judge.unsettled() or self._accepted():
             self.scheduler.say("-- a person settles what is left")
             self._until(self._is_settled_by_person)
         self.judge.at_end()
@@ -347,8 +358,9 @@ class World:
         return self._is_over()
 
     def _accepted(self) -> bool:
-        """Whether the resolver has an accepted order to follow."""
-        return self.profile.look_up is not None and any(
+        """Whether the resolver, or a person at last, has an accepted order to end."""
+        is_followed = self.profile.look_up is not None or self._is_person_last
+        return is_followed and any(
             row.status is Status.ACCEPTED for row in self.ledger.orders.values()
         )
 
@@ -556,7 +568,7 @@ class World:
         if paused:
             paused.clear()
         else:
-            paused.add("*")
+            paused["*"] = "ann: test"
 
     def _rebalance(self, lane: Lane) -> None:
         """Another consumer begins at the record that was under way."""
@@ -593,7 +605,7 @@ class World:
         is_old = (
             row.sent_at is None or self.scheduler.now - row.sent_at > SETTLE_S * MICROS
         )
-        is_open = row.status in {Status.PARKED, Status.IN_DOUBT}
+        is_open = row.status in _FOR_PERSONS
         return is_open and is_old and not self.api.is_pending(row.idempotency_key)
 
     def _decide_about(self, row: Row) -> None:
@@ -604,7 +616,10 @@ class World:
             return
         executions = self.api.executions(key)
         verdict = Verdict.EXECUTED if executions else Verdict.NOT_EXECUTED
-        if not executions and self.chooser.deviates(Point.DETAIL):
+        if not executions and row.status is Status.ACCEPTED:
+            # The source was told 200: it is settled elsewhere.
+            verdict = Verdict.ABANDON
+        elif not executions and self.chooser.deviates(Point.DETAIL):
             number = self.chooser.pick(1)
             verdict = verdict if number is None else Verdict.ABANDON
         pause(f"decides {key}: {verdict}")
@@ -613,8 +628,6 @@ class World:
                 key,
                 verdict,
                 reason="asked the API's owner",
-                settle_s=SETTLE_S,
-                amount_limit_minor=10_000,
                 reference=executions[0].reference if executions else None,
                 attempt_token=token,
             )

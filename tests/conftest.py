@@ -18,6 +18,7 @@ from function.database import make_engine
 from function.ledger import Ledger
 from function.migrate import migrate
 from function.operations import Operations, Verdict
+from function.rules import Rules
 from tests.servers import running_kafka, running_mariadb
 
 #: What a test inherits from the machine; everything else is its own.
@@ -91,13 +92,13 @@ class Database:
         condition = "" if key is None else " WHERE idempotency_key = :key"
         self.execute(f"UPDATE topup SET {changes}{condition}", key=key, **columns)  # noqa: S608
 
-    def pause(self, scope: str) -> None:
+    def pause(self, scope: str, by: str = "ann", why: str = "test") -> None:
         """Pause a channel, or `*`."""
-        moment = "2000-01-01 00:00:00"
         self.execute(
-            "INSERT INTO pause VALUES (:scope, 'ann', 'test', :at)",
+            "INSERT INTO pause VALUES (:scope, :by, :why, '2000-01-01 00:00:00')",
             scope=scope,
-            at=moment,
+            by=by,
+            why=why,
         )
 
     def resume(self) -> None:
@@ -114,7 +115,8 @@ class Database:
         return Ledger(self.engine, profile, lease_s=lease_s)
 
     def decide(self, key: str, verdict: Verdict, **how: Any) -> object:
-        """What a person's decision does here."""
+        """What a person decides here, where nothing is too young or too much."""
+        migrate(self.engine, Rules(0, 10_000))
         return Operations(self.engine).decide(key, verdict, **how)
 
 

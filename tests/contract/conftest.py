@@ -10,6 +10,7 @@ from function.api_profile import ApiProfile
 from function.ledger import Ledger
 from function.model import Status
 from function.operations import Verdict
+from function.rules import Rules
 from proof.memory_ledger import MICROS, MemoryLedger
 from tests.conftest import Database
 
@@ -21,7 +22,9 @@ class MemoryDatabase(Database):
         """Without an engine: nothing here is SQL."""
 
     def make_ledger(self, profile: ApiProfile, *, lease_s: float) -> Ledger:
-        ledger = MemoryLedger(profile, lease_s=lease_s, now=_now)
+        # Nothing is too young or too much to be decided.
+        rules = Rules(0, 10_000)
+        ledger = MemoryLedger(profile, lease_s=lease_s, now=_now, rules=rules)
         object.__setattr__(self, "ledger", ledger)
         return ledger
 
@@ -42,8 +45,8 @@ class MemoryDatabase(Database):
                 for name, value in columns.items():
                     setattr(row, name, _column(name, value))
 
-    def pause(self, scope: str) -> None:
-        vars(self)["ledger"].paused.add(scope)
+    def pause(self, scope: str, by: str = "ann", why: str = "test") -> None:
+        vars(self)["ledger"].paused[scope] = f"{by}: {why}"
 
     def resume(self) -> None:
         vars(self)["ledger"].paused.clear()

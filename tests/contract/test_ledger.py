@@ -483,7 +483,7 @@ def test_order_that_is_put_off_is_released_and_keeps_its_place(
 
 def test_pause_says_who_and_why(ledger: Ledger, database: Database) -> None:
     assert ledger.look(order())[1].pause == ""
-    database.execute("INSERT INTO pause VALUES ('app', 'ann', 'fraud', '2001-01-01')")
+    database.pause("app", by="ann", why="fraud")
 
     line = ledger.look(order())[1]
 

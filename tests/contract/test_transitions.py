@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 
 from function.ledger import Ledger
-from function.migrate import migrate
 from function.model import TRANSITIONS, Answer, Entry, Status
 from function.operations import Verdict
 from tests.conftest import Database
@@ -43,9 +42,7 @@ def doubt(*, is_parked: bool) -> Act:
 
 
 def decide(verdict: Verdict) -> Act:
-    return lambda _, database, __: database.decide(
-        KEY, verdict, reason="asked", settle_s=0, amount_limit_minor=10_000
-    )
+    return lambda _, database, __: database.decide(KEY, verdict, reason="asked")
 
 
 def reclaim(ledger: Ledger, _: Database, entry: Entry) -> object:
