@@ -58,6 +58,9 @@ fuzz: $(VENV)/.dev ## Send bad input to the front door, good orders between; SHO
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header pyproject.toml
 
+simulate: $(VENV)/.dev ## Play every small schedule and a million by seed; SHORT=1: 200,000, in three minutes
+	@$(BIN)/python -m proof.simulate $(if $(SHORT),,--exhaustive --runs 1000000) $(ARGS)
+
 mutants: $(VENV)/.dev ## Break each guard in a copy, and see which instrument notices; INSTRUMENT=tests: by that alone
 	@$(BIN)/python -m demo.services install
 	@$(BIN)/python -m proof.mutate $(if $(INSTRUMENT),--instrument $(INSTRUMENT)) $(ARGS)

@@ -266,9 +266,12 @@ class _rare_collections:  # noqa: N801 # Read as a statement: with …
 
     def __enter__(self) -> Callable[[int], None]:
         gc.disable()
+        # What was imported is not looked through again and again.
+        gc.freeze()
         return self._collect
 
     def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
         gc.enable()
 
     def _collect(self, runs: int) -> None:

@@ -55,16 +55,24 @@ def _some(rng: random.Random, every: tuple[str, ...], share: float) -> tuple[str
 _FEW_EVENTS: Final = ("crash", "rebalance", "early", "jump")
 
 
-def small_setups(kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, Setup, int]]:
+def small_setups(
+    kinds: tuple[str, ...] = KINDS, *, is_whole: bool = True
+) -> Iterator[tuple[str, Setup, int]]:
     """The exhaustive configurations: a name, the setup, and how many deviations.
 
     Deviations are whatever differs from a run without trouble: a switch to another
     task, a crash, a lost answer, an answer of the API, a leap of time.
+
+    Args:
+        kinds: of recharge API.
+        is_whole: two deviations everywhere; else only where there is one order.
+
     """
+    more = 2 if is_whole else 1
     for kind in kinds:
         one = Setup(kind, (((1, 0),),), events=_FEW_EVENTS)
         yield f"{kind}-one", one, 2
         two = Setup(kind, (((1, 0), (2, 0)),), events=_FEW_EVENTS)
-        yield f"{kind}-line", two, 2
+        yield f"{kind}-line", two, more
         apart = Setup(kind, (((1, 0), (3, 1)), ((2, 0),)), events=_FEW_EVENTS)
-        yield f"{kind}-apart", apart, 1
+        yield f"{kind}-apart", apart, more

@@ -58,8 +58,10 @@ EVENTS: Final = (
 #: A phase that takes so many steps does not come to rest.
 _STEPS_MAX: Final = 4_000
 #: Rounds of the resolver without any order settled, each pause twice the last, after
-#: which nothing will be settled by itself.
+#: which nothing will be settled by itself: parked ones are tried ever more rarely, but
+#: where the API can't be asked they are not tried at all.
 _QUIET_ROUNDS: Final = 9
+_QUIET_ROUNDS_OF_NONE: Final = 5
 #: After so many the trouble is over, too: it would be idle.
 _PATIENCE: Final = 2
 _ROUND_S: Final = 10
@@ -264,6 +266,8 @@ class World:
         self._settled = 0
         #: Nobody else will bring anything on.
         self._is_person_last = False
+        is_none = setup.kind == Kind.NONE
+        self._quiet_rounds = _QUIET_ROUNDS_OF_NONE if is_none else _QUIET_ROUNDS
         is_windowed = self.profile.kind is Kind.REPLAY
         self._jumps = _JUMPS_US if is_windowed else _JUMPS_US[:2]
 
@@ -343,7 +347,7 @@ class World:
         return self._is_quiet() and not self.judge.unsettled() and not self._accepted()
 
     def _is_at_rest(self) -> bool:
-        return self._is_quiet() and self._has_come_to_rest(_QUIET_ROUNDS)
+        return self._is_quiet() and self._has_come_to_rest(self._quiet_rounds)
 
     def _has_come_to_rest(self, rounds: int) -> bool:
         """Everything is settled, or so many rounds of the resolver settled nothing."""
@@ -531,7 +535,7 @@ class World:
             settled = len(self.ledger.orders) - len(self.judge.unsettled())
             has_progress = settled != self._settled
             self._settled = settled
-            longest = _ROUND_S * 2**_QUIET_ROUNDS
+            longest = _ROUND_S * 2**self._quiet_rounds
             pause_s = min(longest, 2 * resolver.pause_s)
             resolver.pause_s = _ROUND_S if has_progress else pause_s
             resolver.round_at = self.scheduler.now + resolver.pause_s * MICROS
