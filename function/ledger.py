@@ -877,11 +877,8 @@ _DUE: Final = (
             ),
         ),
     )
-    .order_by(
-        # What can run goes before what can only be asked about.
-        case((topup.c.status == Status.HELD.value, 0), else_=1),
-        func.coalesce(topup.c.looked_at, topup.c.place),
-    )
+    # Whoever was tried goes behind the others, so that none starves another.
+    .order_by(func.coalesce(topup.c.looked_at, topup.c.place))
     .limit(bindparam("limit"))
 )
 _followed = (

@@ -122,7 +122,7 @@ class TopUp:
 
 @unique
 class AnswerClass(StrEnum):
-    """What an answer of the recharge API means (DESIGN section 5)."""
+    """What an answer of the recharge API means (docs/ARCHITECTURE.md)."""
 
     DONE = "done"
     ACCEPTED = "accepted"
@@ -223,6 +223,11 @@ class Entry:
     #: Why it was refused, parked or needs a person: a short constant, or empty.
     reason: str
 
+    @property
+    def is_first_attempt(self) -> bool:
+        """What a look-up finds is about the last attempt: there was no other."""
+        return self.sent_age_s == self.first_sent_age_s
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -266,7 +271,7 @@ class Stored:
 
 
 class Outcome(Enum):
-    """Every way an event can end: a row of the contract each (DESIGN section 3).
+    """Every way an event can end: a row of the README's table each.
 
     main.py gives each its HTTP status.
     """

@@ -70,6 +70,10 @@ class Verdict(StrEnum):
     ABANDON = "abandon"
 
 
+#: What the resolver notes of an accepted order that nobody but a person will end.
+ACCEPTED_CASES: Final = frozenset(
+    {"accepted_overdue", "accepted_but_absent", "executed_several_times"}
+)
 _OPEN: Final = (Status.PARKED, Status.IN_DOUBT, Status.HELD, Status.RELEASED)
 
 #: Verdict -> the path of statuses behind the one it starts from.
@@ -632,6 +636,8 @@ def _path(
             f"{key} is {status}: {verdict} is no decision about that"
             + _HINT.get(status, "")
         )
+    if status is Status.ACCEPTED and row["reason"] not in ACCEPTED_CASES:
+        raise OperationRefused(f"{key} is {status}{_HINT[status]}")
     token = row["token"] or ""
     if attempt_token is not None and not token.startswith(attempt_token):
         raise OperationRefused(
@@ -653,7 +659,8 @@ def _path(
 
 _HINT: Final = {
     Status.IN_FLIGHT: "; the resolver takes it up when its lease is over",
-    Status.ACCEPTED: "; the API took it over, and the resolver follows it to its end",
+    Status.ACCEPTED: "; the API took it over and may still finish it: the resolver "
+    "follows it, and makes it a person's case after RECHARGE_API_ACCEPTED_MAX_S",
     Status.SUCCEEDED: "; a settled order never changes",
     Status.REJECTED: "; a settled order never changes",
     Status.ABANDONED: "; a settled order never changes",

@@ -60,6 +60,7 @@ _FINAL: Final = {
     AnswerClass.ACCEPTED: Outcome.ACCEPTED,
     AnswerClass.NO: Outcome.REJECTED,
 }
+_API_AWAY: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="api_away")
 _NOT_SENT: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="claim_uncertain")
 
 
@@ -187,7 +188,7 @@ class Processing:
             entry, line = self._ledger.look(order)
             if entry is None:
                 # Its own record may not come again, so it is recorded before it is
-                # sent away (DESIGN section 4, rule 9).
+                # sent away.
                 if not self._ledger.hold(order) and is_resting:
                     self._ledger.put_off(order)
                 continue
@@ -229,7 +230,7 @@ class Processing:
         What others achieved since its first attempt decides; and where nothing else
         happens, a probe: one order of the partition is parked, and if the next one
         succeeds it was this one, if it fails too it is an outage, and the partition
-        waits (DESIGN section 6).
+        waits (docs/ARCHITECTURE.md, One stuck subscriber).
         """
         is_fresh = doubt.attempt is not None
         if is_fresh and self._monotonic() - started < self._deadline_s / 2:
@@ -256,7 +257,7 @@ class Processing:
         entry, line = self._ledger.look(order)
         if entry is None or entry.status is not Status.IN_DOUBT:
             return None
-        if not _is_first_attempt(entry):
+        if not entry.is_first_attempt:
             # What was of no use before waits.
             return None
         if line.is_paused or line.blocker is not None:
@@ -301,7 +302,10 @@ class Processing:
         """Call the API under a claim, and write down how it ended."""
         # Crash here: in flight, and its lease runs out; the redelivery treats it as
         # in doubt (test_crash_points: claim_committed, call_unsent).
-        self._rest.go_first(started)
+        if not self._rest.may_go(started):
+            # Another went first between our look and our claim.
+            self._finish(order, claim, _API_AWAY, started + self._lease_s)
+            return Receipt(Outcome.API_AWAY)
         deadline = started + self._deadline_s
         answer = self._api.recharge(order, claim.rendered_key, deadline)
         # Crash here: as above, though the answer was here (answer_arrived).
@@ -387,7 +391,10 @@ class Processing:
             outcome = _FINAL[answer.classified]
             return Receipt(outcome, answer.reference, attempt=claim.token)
         if entry and settled:
-            if settled is not _FINAL.get(answer.classified, settled):
+            is_other = None not in {answer.reference, entry.reference} and (
+                answer.reference != entry.reference
+            )
+            if is_other or settled is not _FINAL.get(answer.classified, settled):
                 self._alert("evidence_contradicts", key, answer.classified)
             return _repetition(settled, entry)
         return Receipt(Outcome.IN_FLIGHT, reason="fenced_off", attempt=claim.token)
@@ -426,8 +433,8 @@ class Processing:
             case Finding.EXECUTED:
                 answer = Answer(AnswerClass.DONE, reference=found.reference)
                 return self._end_doubt(entry, answer)
-            case Finding.FAILED if not (
-                _is_first_attempt(entry) or self._has_settled(entry)
+            case Finding.FAILED | Finding.REVERSED if not (
+                entry.is_first_attempt or self._has_settled(entry)
             ):
                 # It may tell of an earlier attempt, and the last one can still land.
                 return Receipt(Outcome.IN_DOUBT, reason="not_settled_yet")
@@ -500,10 +507,6 @@ def _repetition(outcome: Outcome, entry: Entry) -> Receipt:
     return Receipt(outcome, entry.reference, entry.reason, is_repetition=True)
 
 
-def _is_first_attempt(entry: Entry) -> bool:
-    return entry.sent_age_s == entry.first_sent_age_s
-
-
 def _claim_of(entry: Entry, token: str) -> Claim:
     is_doubted = entry.doubts > 0
     return Claim(token, entry.rendered_key, is_doubted)
@@ -549,10 +552,16 @@ class _Rest:
         with self._lock:
             return self._doubts >= _REST_AFTER_DOUBTS and now < self._until
 
-    def go_first(self, now: float) -> None:
-        """An order is about to be called: the others wait for what becomes of it."""
+    def may_go(self, now: float) -> bool:
+        """Whether an order may be called; at the end of a rest, one alone."""
         with self._lock:
+            if self._doubts < _REST_AFTER_DOUBTS:
+                return True
+            if now < self._until:
+                return False
+            # The others wait for what becomes of it.
             self._until = now + self._pause_s()
+            return True
 
     def note(self, *, is_doubt: bool, now: float) -> None:
         """Count an outcome; anything but a doubt shows that the API answers."""

@@ -50,7 +50,18 @@ _FAILURES_MAX: Final = 20
 _SETTLED: Final = frozenset(
     {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED, Outcome.ABANDONED}
 )
-_FAILED: Final = frozenset({Outcome.RELEASED, Outcome.REFUSED_US, Outcome.IN_DOUBT})
+#: After these a released order, whose record will not come, waits in line again.
+_FAILED: Final = frozenset(
+    {
+        Outcome.RELEASED,
+        Outcome.REFUSED_US,
+        Outcome.IN_DOUBT,
+        Outcome.API_AWAY,
+        Outcome.DRAINING,
+    }
+)
+#: Why an accepted order needs a person.
+_TOLD: Final = frozenset({"accepted_overdue", "accepted_but_absent"})
 
 
 class Resolver:
@@ -180,9 +191,12 @@ class Resolver:
 
     def _bring_on(self, stored: Stored) -> Outcome:
         """Go on with one order where the ledger says it stands."""
-        # First, so that one that can't be read doesn't stand in the way for ever.
-        self._ledger.looked(stored.idempotency_key)
         order = self._restore(stored)
+        if order is None or not stored.is_given_up:
+            # First, so that one that can't be brought on goes behind the others. What
+            # the source has given up on is changed below, or must be found again at
+            # once: a fresh look would say that its record still comes.
+            self._ledger.looked(stored.idempotency_key)
         if order is None:
             return Outcome.UNFORESEEN
         receipt = self._processing.resume(order)
@@ -261,6 +275,10 @@ class Resolver:
         if found.finding is Finding.EXECUTED:
             answer = Answer(AnswerClass.DONE, reference=found.reference)
         elif found.finding in {Finding.FAILED, Finding.REVERSED}:
+            is_settled = (entry.sent_age_s or 0.0) > self._profile.settle_s
+            if not (entry.is_first_attempt or is_settled):
+                # It may tell of an earlier attempt, and the last one can still land.
+                return None
             reason = f"accepted_then_{found.finding.value}"
             answer = Answer(AnswerClass.NO, reason=reason)
             # The source was told 200: only a person can tell the subscriber.
@@ -283,7 +301,8 @@ class Resolver:
             reason = "accepted_overdue"
         else:
             return
-        if entry.reason != reason and self._ledger.note(entry, reason):
+        is_told = entry.reason == reason or (entry.reason in _TOLD and reason in _TOLD)
+        if not is_told and self._ledger.note(entry, reason):
             self._alert(reason, entry.idempotency_key, finding.value)
 
 

@@ -101,6 +101,9 @@ def test_legal_transition_is_made(
         database.change(
             lease_until="2001-01-01 00:00:00", sent_at="2001-01-01 00:00:00"
         )
+    if one is Status.ACCEPTED:
+        # A person's case, as the resolver notes it.
+        assert ledger.note(entry, "accepted_overdue")
 
     ACTS[one, to](ledger, database, entry)
 

@@ -166,7 +166,10 @@ def test_every_legal_transition_is_made_by_processes_and_no_other(
         SandboxRechargeApi(kind=Kind.REFUSE, book=tmp_path / "book.jsonl") as api,
         TcpProxy() as proxy,
     ):
-        env = env_of(transitions, api) | {"RECHARGE_API_SETTLE_S": str(SETTLE_S)}
+        env = env_of(transitions, api) | {
+            "RECHARGE_API_SETTLE_S": str(SETTLE_S),
+            "RECHARGE_API_ACCEPTED_MAX_S": "1",
+        }
         ledger = urlsplit(env["LEDGER_DATABASE_URL"])
         to_ledger = proxy.link("ledger", (str(ledger.hostname), ledger.port or 0))
         to_api = proxy.link("api", ("127.0.0.1", urlsplit(api.url).port or 0))
@@ -275,6 +278,8 @@ def play_people(rig: Rig, pod: FunctionProcess) -> None:
     rig.fault(endless, Script(Fault.ACCEPT, delay_s=LONG_S))
     assert (rig.send(pod, released), rig.send(pod, endless)) == (503, 200)
     rig.decide(released, "--abandon")
+    # Only when the resolver has made it a person's case.
+    rig.round()
     rig.decide(endless, "--abandon")
 
 

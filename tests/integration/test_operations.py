@@ -323,6 +323,8 @@ def test_decision_is_carried_out_or_refused_by_the_model(
     operations: Operations, empty: Database, verdict: Verdict, status: Status
 ) -> None:
     put(empty, "app:r1", status)
+    if status is Status.ACCEPTED:
+        empty.execute("UPDATE topup SET reason = 'accepted_overdue'")
     before = empty.row("app:r1")
     to = _TO.get((verdict, status))
     if to is None:
@@ -380,6 +382,18 @@ def test_attempt_that_can_still_land_is_refused(
         decide(operations, verdict=verdict)
     bind(empty, settle_s=30)
     decide(operations, verdict=verdict)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.EXECUTED, Verdict.ABANDON])
+def test_accepted_order_that_may_still_be_finished_is_nobodys_case(
+    operations: Operations, empty: Database, verdict: Verdict
+) -> None:
+    put(empty, "app:r1", Status.ACCEPTED)
+
+    with pytest.raises(OperationRefused, match="RECHARGE_API_ACCEPTED_MAX_S"):
+        decide(operations, verdict=verdict)
+
+    assert empty.row("app:r1")["status"] == "accepted"
 
 
 def test_ledger_without_rules_takes_no_decision(database: Database) -> None:

@@ -5,6 +5,7 @@ from itertools import count
 import pytest
 
 from function.api_profile import Kind
+from function.errors import LedgerUnavailable
 from function.model import Answer, AnswerClass, Finding, LookUp, Outcome, TopUp
 from function.resolver import Resolver
 from tests.conftest import Database
@@ -372,6 +373,90 @@ def test_accepted_recharge_without_an_end_is_told_once(
     assert rpod.alerts == [("accepted_overdue", "app:r1")]
     assert database.row("app:r1")["reason"] == "accepted_overdue"
     assert pod.status(order()) == "accepted"
+
+
+def test_look_up_that_alternates_tells_a_person_once(database: Database) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert pod.deliver(order(), ACCEPTED) is Outcome.ACCEPTED
+    pod.let_time_pass()
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.findings = [ABSENT, LOST] * 3
+
+    for _ in range(6):
+        resolver.run_once()
+
+    assert rpod.alerts == [("accepted_but_absent", "app:r1")]
+
+
+@pytest.mark.parametrize("found", [LookUp(Finding.FAILED), REVERSED])
+def test_end_of_an_earlier_attempt_does_not_end_an_accepted_order(
+    database: Database, found: LookUp
+) -> None:
+    """Called again by a person's decision, and taken over; the list is of the first."""
+    pod = Pod(database, Kind.LOOKUP)
+    assert pod.deliver(order(), ACCEPTED) is Outcome.ACCEPTED
+    database.change(first_sent_at="2001-01-01 00:00:00")
+    resolver, rpod = resolver_of(database, Kind.LOOKUP)
+    rpod.api.findings = [found, found]
+
+    resolver.run_once()
+    assert pod.status(order()) == "accepted"
+    assert rpod.alerts == []
+    database.change(sent_at="2001-01-02 00:00:00")
+    resolver.run_once()
+
+    assert pod.status(order()) == "rejected"
+
+
+def test_held_orders_that_fail_starve_no_others(database: Database) -> None:
+    """More than end a round, and they were there first."""
+    pod = Pod(database, Kind.REFUSE)
+    database.pause("*")
+    for number in range(25):
+        held = order(f"h{number}", msisdn=f"+3933355{number:05}")
+        assert pod.deliver(held) is Outcome.PAUSED
+    database.execute("DELETE FROM pause")
+    lost = order("lost", msisdn=A)
+    assert pod.ledger.claim(lost)
+    pod.let_lease_end()
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.answers = [Answer(AnswerClass.RETRY, http_status=429)] * 100
+    rpod.api.findings = [EXECUTED]
+
+    for _ in range(2):
+        resolver.run_once()
+
+    assert pod.status(lost) == "succeeded"
+
+
+@pytest.mark.parametrize("status", ["released", "in_doubt"])
+def test_order_that_was_given_up_is_found_again_after_a_blip(
+    database: Database, status: str
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.doubt(order())
+    database.change(
+        status=status,
+        doubts=int(status == "in_doubt"),
+        updated_at="2001-01-01 00:00:00",
+        sent_at="2001-01-01 00:00:00",
+        first_sent_at="2001-01-01 00:00:00",
+    )
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    look = rpod.ledger.look
+
+    def away(_: TopUp) -> object:
+        rpod.ledger.look = look  # type: ignore[method-assign]
+        raise LedgerUnavailable("away")
+
+    rpod.ledger.look = away  # type: ignore[method-assign,assignment]
+    with pytest.raises(LedgerUnavailable):
+        resolver.run_once()
+    rpod.api.findings = [EXECUTED]
+    rpod.api.answers = [Answer(AnswerClass.DONE, reference="R-1")]
+    resolver.run_once()
+
+    assert pod.status(order()) == "succeeded"
 
 
 @pytest.mark.parametrize("status", ["parked", "accepted"])

@@ -34,6 +34,7 @@ SAME_REFERENCE = Answer(AnswerClass.SAME_REFERENCE, http_status=409)
 SAME_CONTENT = Answer(AnswerClass.SAME_CONTENT, http_status=409)
 EXECUTED = LookUp(Finding.EXECUTED, "R-1")
 ABSENT = LookUp(Finding.ABSENT)
+A = "+393330000001"
 FAILED = LookUp(Finding.FAILED)
 
 Action = Callable[[], None]
@@ -361,9 +362,10 @@ def test_absent_after_the_settling_time_is_sent_again_with_the_same_key(
     assert pod.api.sent == [("app:r1", "app:r1")] * 2
 
 
+@pytest.mark.parametrize("found", [FAILED, LookUp(Finding.REVERSED, "R-1")])
 @pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP])
 def test_failure_of_an_earlier_attempt_does_not_reject_while_the_last_can_land(
-    database: Database, kind: Kind
+    database: Database, kind: Kind, found: LookUp
 ) -> None:
     pod = Pod(database, kind)
     pod.outage()
@@ -373,11 +375,11 @@ def test_failure_of_an_earlier_attempt_does_not_reject_while_the_last_can_land(
     assert pod.deliver(order(), UNKNOWN) is Outcome.IN_DOUBT
 
     # The list of the API has the first attempt, refused; the second is under way.
-    pod.api.findings = [FAILED]
+    pod.api.findings = [found]
     assert pod.deliver(order()) is Outcome.IN_DOUBT
 
     database.change("app:r1", sent_at="2001-01-02")
-    pod.api.findings = [FAILED]
+    pod.api.findings = [found]
     assert pod.deliver(order()) is Outcome.REJECTED
 
 
@@ -535,6 +537,50 @@ def test_success_settles_an_order_that_was_parked_meanwhile(
 
     assert receipt.outcome.value == pod.status(order())
     assert receipt.reference == "R-1"
+
+
+def test_second_success_under_another_reference_is_an_alert(
+    database: Database,
+) -> None:
+    """We hold both references of a double: somebody must hear of it."""
+    pod = Pod(database, Kind.LOOKUP)
+    claim = pod.ledger.claim(order())
+    assert claim
+    pod.let_lease_end()
+    pod.let_time_pass()
+    pod.api.findings = [ABSENT]
+    assert pod.deliver(order(), replace(DONE, reference="R-2")) is Outcome.SUCCEEDED
+
+    pod.processing._write(order(), claim, DONE)
+
+    assert ("evidence_contradicts", "app:r1") in pod.alerts
+
+
+def test_one_order_alone_goes_first_after_a_rest(database: Database) -> None:
+    """Each that went at once would be a doubt for good, and a person's case."""
+    pod = Pod(database, Kind.NONE)
+    for number in range(3):
+        topup = order(f"p{number}", msisdn=f"+3933311{number:05}")
+        assert pod.deliver(topup, UNKNOWN) is Outcome.PARKED
+    pod.now += 61
+    claim = pod.ledger.claim
+    others = [order(f"o{number}", msisdn=f"+3933322{number:05}") for number in range(3)]
+    outcomes: list[Outcome] = []
+
+    def claim_while_others_come(topup: TopUp) -> Claim | None:
+        claimed = claim(topup)
+        if others:
+            pod.api.answers = [UNKNOWN]
+            outcomes.append(pod.processing.process(others.pop()).outcome)
+        return claimed
+
+    pod.ledger.claim = claim_while_others_come  # type: ignore[method-assign,assignment]
+    last = order("last", msisdn=A)
+    outcomes.append(pod.processing.process(last).outcome)
+
+    assert outcomes.count(Outcome.PARKED) == 1
+    assert outcomes.count(Outcome.API_AWAY) == 3
+    assert pod.status(last) == "released"
 
 
 def test_draining_pod_begins_no_call(any_kind: Pod, database: Database) -> None:
