@@ -114,7 +114,7 @@ class Settings:
         "Larger events are recorded in quarantine.", default=256 * 1024
     )
     event_read_timeout_s: float = _setting(
-        "Longest wait between two reads of a request's body.", default=10.0
+        "Longest wait for a request's body, and between two reads of it.", default=10.0
     )
     event_delivery_timeout_s: float = _setting(
         "`delivery.timeout` of the KafkaSource.", default=60.0
@@ -231,7 +231,7 @@ class Settings:
         return settings
 
     def check(self) -> None:
-        """Check bounds and the order of the deadlines (DESIGN section 4).
+        """Check bounds and the order of the deadlines (README, Settings).
 
         Raises:
             SettingsError: names each pair that stands in the wrong order.

@@ -8,6 +8,7 @@ they would read a body of any size, cut a chunked one in silence, and redirect `
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any, Final
@@ -30,6 +31,10 @@ ANNOUNCED_BYTES: Final = "topup.announced_bytes"
 #: The paths that mean something, to other methods than POST.
 _PROBES: Final = frozenset({"/healthz", "/readyz"})
 
+#: Connections whose body is being read, and until when it must be there: a body that
+#: drips would keep each read's own time limit for ever. The server ends late ones.
+reading: Final[dict[Any, float]] = {}
+
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -39,7 +44,8 @@ class Door:
     Args:
         application: what comes after.
         bytes_max: largest body that is taken for an event; one byte more is read.
-        timeout_s: longest wait between two reads of the socket.
+        timeout_s: longest wait between two reads of the socket, and for all of them
+            where the server ends what `reading` calls late.
 
     """
 
@@ -85,11 +91,13 @@ class Door:
         connection = environ.get("gunicorn.socket")
         if connection is not None:
             connection.settimeout(self._timeout_s)
+            reading[connection] = time.monotonic() + self._timeout_s
         try:
             body: bytes = environ["wsgi.input"].read(limit)
             dropped = _drop(environ["wsgi.input"]) if len(body) > self._bytes_max else 0
         finally:
             if connection is not None:
+                reading.pop(connection, None)
                 connection.settimeout(None)
         if announced and len(body) < limit:
             raise ValueError("the body is shorter than announced")

@@ -21,7 +21,7 @@ from gunicorn.workers.gthread import DEFAULT_WORKER_DATA_TIMEOUT, ThreadWorker
 from function.api_profile import load_profile
 from function.config import Settings
 from function.database import make_engine
-from function.door import draining
+from function.door import draining, reading
 from function.errors import SettingsError
 from function.event_tokens import EventTokens
 
@@ -62,11 +62,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Show that the worker lives, about once a second, and end late heads."""
         super().notify()
         now = time.monotonic()
-        for conn, end in list(self._heads.items()):
+        heads = [(conn.sock, end) for conn, end in list(self._heads.items())]
+        for connection, end in [*heads, *list(reading.items())]:
             if now > end:
-                # The reader sees the end of the stream, and closes without an answer.
+                # The reader sees the end of the stream: a head is closed without an
+                # answer, a body is shorter than announced.
                 with suppress(OSError):
-                    conn.sock.shutdown(socket.SHUT_RD)
+                    connection.shutdown(socket.SHUT_RD)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         """Answer 503 where gunicorn would say 400, 414 or 431.

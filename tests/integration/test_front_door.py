@@ -11,6 +11,7 @@ import json
 import re
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -969,6 +970,33 @@ def test_heads_that_stall_are_given_up_and_others_are_served(tmp_path: Path) -> 
 
         assert system.post(new_order()).status == 200
         assert [wire.reply() for wire in stalled] == [None] * 4
+
+
+def test_bodies_that_drip_are_given_up_and_others_are_served(tmp_path: Path) -> None:
+    """Each byte comes in time; all of them would take for ever."""
+    stop = threading.Event()
+
+    def drip(wires: list[Wire]) -> None:
+        while not stop.wait(0.2):
+            for wire in wires:
+                with suppress(OSError):
+                    wire.send(b"x")
+
+    with (
+        running(tmp_path, "gunicorn", server_threads=2) as system,
+        ExitStack() as open_,
+    ):
+        wires = [open_.enter_context(Wire(system)) for _ in range(4)]
+        for wire in wires:
+            wire.send(head("Content-Length: 200000"))
+        thread = threading.Thread(target=drip, args=(wires,))
+        thread.start()
+        try:
+            assert system.post(new_order()).status == 200
+        finally:
+            stop.set()
+            thread.join()
+        assert system.quarantine() == []
 
 
 @pytest.mark.parametrize(
