@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Final
 
 from demo.processes import FunctionPart, PartFailed, RechargeApiPart
 from demo.server_process import PROJECT
@@ -20,9 +21,14 @@ from function.rules import rules_of
 
 DIRECTORY = PROJECT / "build" / "run"
 
+_PORTS_END: Final = 65_536
+
 
 def main() -> int:
-    """Run until Ctrl-C or SIGTERM; exit status 1 if a part does not start."""
+    """Run until Ctrl-C or SIGTERM.
+
+    Exit status 1 if a part does not start, 2 for a PORT that is none.
+    """
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -30,7 +36,11 @@ def main() -> int:
     api = RechargeApiPart(DIRECTORY / "recharge-api.log", book=DIRECTORY / "book.jsonl")
     log = DIRECTORY / "function.log"
     function = FunctionPart(log, source="function/main.py", signature="http")
-    function.port = int(os.environ.get("PORT") or 8080)
+    port = os.environ.get("PORT") or "8080"
+    if not port.isdecimal() or not 0 < int(port) < _PORTS_END:
+        sys.stderr.write("PORT must be a number from 1 to 65535\n")
+        return 2
+    function.port = int(port)
     with api, function:
         try:
             _require_free(function.port)

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import click
 from sqlalchemy import Engine
@@ -58,6 +59,8 @@ _HINTS: Final = {
     "1290": "the database is read-only: a replica, or a failover under way",
     "2003": "the database can't be reached",
 }
+#: A century; more overflows the database's arithmetic.
+_AGE_S_MAX: Final = 36_500 * UNIT_S["d"]
 _SUBSCRIBER: Final = re.compile(r"\+[1-9][0-9]{3,14}|~[A-Z2-7]{15}")
 
 
@@ -89,7 +92,7 @@ class _Age(click.ParamType[float]):
         if isinstance(value, int | float):
             return float(value)
         seconds = age_s(str(value))
-        if seconds is None:
+        if seconds is None or seconds > _AGE_S_MAX:
             self.fail(f"{value!r} is no age: say 90s, 15m, 36h or 44d", param, ctx)
         return seconds
 
@@ -115,8 +118,16 @@ _unmasked = click.option("--unmasked", is_flag=True, help="Show whole numbers.")
 _reason = click.option("--reason", required=True, help="Why; it stays in the ledger.")
 
 
+def _version() -> str:
+    """The installed package's; the image has the code without one."""
+    try:
+        return version("topup-function")
+    except PackageNotFoundError:
+        return "of this image: see its label org.opencontainers.image.version"
+
+
 @click.group(cls=_Commands)
-@click.version_option(package_name="topup-function")
+@click.version_option(_version())
 def main() -> None:
     """Operate the top-up function."""
 
@@ -130,12 +141,19 @@ def migrate() -> None:
     """Bring the ledger's schema up to date; safe to run twice and at once.
 
     Also writes what binds people's decisions, RECHARGE_API_SETTLE_S and
-    RESOLVE_SECOND_PERSON_ABOVE_MINOR: run it with the deployment's settings, again
-    when they change.
+    RESOLVE_SECOND_PERSON_ABOVE_MINOR, where it runs with the deployment's settings
+    (RECHARGE_API_URL is there); run it again when they change.
     """
     settings = Settings.ledger_only()
-    revision = run_migrations(make_engine(settings), rules_of(settings))
+    # By the ledger's settings alone nobody says what binds people.
+    rules = rules_of(settings) if settings.recharge_api_url else None
+    revision = run_migrations(make_engine(settings), rules)
     click.echo(f"ledger at revision {revision}")
+    if rules is not None:
+        click.echo(
+            f"decisions: settling time {rules.settle_s:g} s, "
+            f"two persons above {rules.second_person_above_minor}"
+        )
 
 
 @main.command()
@@ -641,7 +659,9 @@ def reconcile(
 @click.option("--partition", type=int, help="Of quarantine, only this partition.")
 @click.option("--offset", type=int, help="Of quarantine, only this offset.")
 @click.option(
-    "--token-file", type=click.Path(path_type=Path, exists=True), help="Bearer token."
+    "--token-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Bearer token.",
 )
 @click.option(
     "--ca-file", type=click.Path(path_type=Path, exists=True), help="The door's CA."
@@ -696,7 +716,9 @@ def replay(
         letters = from_file(file or Path())
     if not yes:
         click.confirm(f"Post to {url}?", abort=True, err=True)
-    token = None if token_file is None else token_file.read_text("utf-8").strip()
+    token = None if token_file is None else _token_of(token_file)
+    if urlsplit(url).scheme not in {"http", "https"}:
+        raise click.UsageError("--to: an address begins with http:// or https://")
     on_answer = None if as_json else _tell
     post(
         letters,
@@ -716,6 +738,16 @@ def replay(
         click.echo(f"topup: stopped at {report.stopped_at}", err=True)
     if report.failed:
         sys.exit(1)
+
+
+def _token_of(path: Path) -> str:
+    try:
+        token = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        token = ""
+    if not token or len(token.split()) != 1:
+        raise click.UsageError(f"--token-file: no token in {path}")
+    return token
 
 
 def _tell(letter: Letter, status: int, outcome: str) -> None:

@@ -181,9 +181,14 @@ def _mysql_arguments(settings: Settings) -> dict[str, Any]:
     }
     if settings.ledger_tls_ca_file:
         # The driver verifies name and chain only when it is handed a context.
-        arguments["ssl"] = ssl.create_default_context(
-            cafile=str(settings.ledger_tls_ca_file)
-        )
+        try:
+            arguments["ssl"] = ssl.create_default_context(
+                cafile=str(settings.ledger_tls_ca_file)
+            )
+        except (OSError, ValueError):
+            raise SettingsError(
+                "LEDGER_TLS_CA_FILE: no certificate can be read from it"
+            ) from None
     return arguments
 
 
@@ -220,6 +225,9 @@ def _password_reader(settings: Settings) -> Callable[..., None]:
     ) -> None:
         # At each connection, so that a rotated secret needs no restart.
         if path:
-            parameters["password"] = path.read_text("utf-8").strip()
+            try:
+                parameters["password"] = path.read_text("utf-8").strip()
+            except UnicodeDecodeError:
+                raise OSError("the password file is not UTF-8") from None
 
     return read_password

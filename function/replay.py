@@ -172,7 +172,7 @@ def spool_topic(
         kafka = importlib.import_module("confluent_kafka")
     except ImportError:
         raise ReplayFailed(
-            "confluent-kafka is not installed: pip install topup-function[demo], or "
+            "confluent-kafka is not installed: pip install '.[demo]', or "
             "replay the dead letter sink's file"
         ) from None
     try:

@@ -40,11 +40,17 @@ def rules_of(settings: Settings) -> Rules:
 def write_rules(connection: Connection, rules: Rules) -> None:
     """Set the rules; a row that says so already stays, with who set it and when."""
     known = _known(connection)
+    # SQLite's migration is one transaction already.
+    is_own = connection.dialect.name != "sqlite"
+    if is_own:
+        connection.exec_driver_sql("BEGIN")
     for name, value in asdict(rules).items():
         if known.get(name) == value:
             continue
         connection.execute(delete(decision_rule).where(decision_rule.c.name == name))
         connection.execute(insert(decision_rule).values(name=name, value=value))
+    if is_own:
+        connection.exec_driver_sql("COMMIT")
 
 
 def read_rules(connection: Connection) -> Rules:

@@ -21,7 +21,7 @@ from function.errors import DocumentsUnreadable
 
 _MISSING_PACKAGE: Final = (
     "the package `{name}` is missing, which the function itself does not need: "
-    "pip install 'topup-function[cluster]'"
+    "pip install '.[cluster]'"
 )
 #: For the connection, and for each answer.
 _TIMEOUT_S: Final = (5.0, 15.0)

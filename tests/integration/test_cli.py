@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from demo.mariadb import MariaDb
+from function import cli
 from function.cli import main
 from function.config import Settings
 from function.errors import SettingsError
@@ -217,7 +219,7 @@ def test_number_may_be_written_as_people_do(
 def test_decision_asks_and_says_what_it_did(
     topup: Run, sqlite_database: Database
 ) -> None:
-    topup("migrate")
+    topup("migrate", RECHARGE_API_URL="http://127.0.0.1:9")
     put(sqlite_database, "app:r1", Status.PARKED)
     words = ("resolve", "app:r1", "--executed", "--reference", "R-1", "--reason", "x")
 
@@ -277,11 +279,51 @@ def test_rules_are_the_ledgers_and_not_of_whoever_decides(
     words = ("resolve", "app:r1", "--abandon", "--reason", "x", "--yes")
 
     assert "topup migrate" in topup(*words).stderr
-    assert topup("migrate", RECHARGE_API_SETTLE_S="120").exit_code == 0
+    url = {"RECHARGE_API_URL": "http://127.0.0.1:9"}
+    told = topup("migrate", RECHARGE_API_SETTLE_S="120", **url)
+    assert "settling time 120 s, two persons above 10000" in told.stdout
     evaded = topup(*words, RECHARGE_API_SETTLE_S="40")
     assert "settling time of 120 s" in evaded.stderr
-    assert topup("migrate", RECHARGE_API_SETTLE_S="40").exit_code == 0
+    # Without the deployment's settings the rules stay.
+    assert "settling" not in topup("migrate", RECHARGE_API_SETTLE_S="40").stdout
+    assert "settling time of 120 s" in topup(*words).stderr
+    assert topup("migrate", RECHARGE_API_SETTLE_S="40", **url).exit_code == 0
     assert topup(*words).exit_code == 0
+
+
+@pytest.mark.parametrize("age", ["99999999999999d", "36501d", "-1d", "soon"])
+def test_age_that_is_none_is_refused(topup: Run, age: str) -> None:
+    result = topup("ledger", "list", "--older-than", age)
+
+    assert result.exit_code == 2
+    assert "is no age" in result.stderr
+
+
+@pytest.mark.parametrize("token", [b"", b"a b", b"\xff\xfe", b"one\ntwo"])
+def test_token_file_without_a_token_is_refused(
+    topup: Run, tmp_path: Path, token: bytes
+) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(token)
+    words = ("replay", "--quarantine", "--yes", "--to", "http://127.0.0.1:9/")
+
+    result = topup(*words, "--token-file", str(path))
+
+    assert result.exit_code == 2
+    assert "no token in" in result.stderr
+    assert topup(*words[:-1], "nonsense").exit_code == 2
+
+
+def test_version_is_told_without_an_installed_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert cli._version()[0].isdigit()
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli, "version", missing)
+    assert "label" in cli._version()
 
 
 def test_purge_refuses_with_the_arithmetic_and_counts(
@@ -444,7 +486,8 @@ def test_two_operators_resolve_as_themselves_from_their_own_processes(
     mariadb: MariaDb, mariadb_database: Database
 ) -> None:
     put(mariadb_database, "app:r1", Status.PARKED, amount_minor=10_001)
-    assert process(mariadb_database.env, "migrate").returncode == 0
+    url = {"RECHARGE_API_URL": "http://127.0.0.1:9"}
+    assert process(mariadb_database.env | url, "migrate").returncode == 0
     put(mariadb_database, "app:r2", Status.HELD, place_age_s=10)
     people = {}
     for name in ("ann", "bob"):

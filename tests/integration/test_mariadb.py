@@ -356,6 +356,29 @@ def test_server_elsewhere_is_refused_without_a_ca_to_verify_it(
         make_engine(settings_of({"LEDGER_DATABASE_URL": elsewhere}))
 
 
+def test_ca_file_without_a_certificate_refuses_to_start(
+    mariadb_database: Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "ca.pem"
+    path.write_text("no certificate\n")
+
+    with pytest.raises(SettingsError, match="LEDGER_TLS_CA_FILE: no certificate"):
+        make_engine(
+            settings_of(mariadb_database.env | {"LEDGER_TLS_CA_FILE": str(path)})
+        )
+
+
+def test_password_file_that_is_no_text_is_an_unavailable_ledger(
+    mariadb_database: Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "password"
+    path.write_bytes(b"\xff\xfe")
+    env = mariadb_database.env | {"LEDGER_PASSWORD_FILE": str(path)}
+
+    with pytest.raises(LedgerUnavailable), connected(make_engine(settings_of(env))):
+        pass
+
+
 def test_session_is_strict_and_read_committed(mariadb_database: Database) -> None:
     with connected(mariadb_database.engine) as connection:
         level = connection.scalar(text("SELECT @@tx_isolation"))
