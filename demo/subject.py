@@ -19,7 +19,7 @@ from function.rules import rules_of
 GROUP: Final = "topup-source"
 
 #: Short, so that the story is short; in the order that the function checks at start
-#: (DESIGN section 4). A lease of 3 s is what a killed pod costs its subscriber.
+#: (README, Settings). A lease of 3 s is what a killed pod costs its subscriber.
 DEADLINES: Final = {
     "LEDGER_TIMEOUT_S": "2",
     "RECHARGE_API_TIMEOUT_S": "1.5",

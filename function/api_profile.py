@@ -49,7 +49,7 @@ _FIELDS_OF_LOOK_UP: Final = frozenset({"key"})
 
 @unique
 class Kind(StrEnum):
-    """What the API does about a repeated key (DESIGN section 5)."""
+    """What the API does about a repeated key (docs/ARCHITECTURE.md)."""
 
     REPLAY = "replay"
     REFUSE = "refuse"

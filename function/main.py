@@ -32,8 +32,8 @@ from function.model import Outcome, Receipt, Refused, TopUp
 from function.processing import Processing
 from function.recharge_api import RechargeApi
 
-#: The contract (DESIGN section 3). Knative's Kafka dispatcher delivers 404, 408, 409,
-#: 429 and everything from 500 again; any other 3xx or 4xx it dead-letters at once.
+#: The contract (README, What is guaranteed). Knative's dispatcher delivers 404, 408,
+#: 409, 429 and everything from 500 again; any other 3xx or 4xx it dead-letters at once.
 STATUS: Final[dict[Outcome, int]] = {
     Outcome.SUCCEEDED: 200,
     Outcome.ACCEPTED: 200,

@@ -27,7 +27,7 @@ Ledger = Literal["sqlite", "mariadb"]
 SOURCE: Final = PROJECT / "proof" / "planted_error.py"
 
 #: Generous, so that no busy machine is taken for a fault; but what is stalled is given
-#: up soon. In the order that the function checks at start (DESIGN section 4).
+#: up soon. In the order that the function checks at start (README, Settings).
 DEADLINES: Final = {
     "EVENT_READ_TIMEOUT_S": "0.6",
     "LEDGER_TIMEOUT_S": "10",

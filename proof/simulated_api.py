@@ -5,7 +5,7 @@ Owns what was executed and how the API answers; must never look at the ledger.
 What it says passes the production profile's own rules, so their mistakes are seen, too.
 A request may be refused, cut, answered in every way, or travel long after its caller
 has gone: but never longer than the settling time allows, which is the assumption that
-DESIGN section 5 names.
+docs/GUARANTEES.md names.
 """
 
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
 """The cells of the matrix: what dies where, under which behaviour of which API.
 
 Owns the names of the boundaries and behaviours, which of them can meet, and how each
-cell must end: pure functions, derived from DESIGN sections 3 to 5. It must never import
-`function`: it is what the function is held against.
+cell must end: pure functions, derived from the README's table and docs/ARCHITECTURE.md.
+It must never import `function`: it is what the function is held against.
 """
 
 from collections.abc import Iterable
@@ -198,7 +198,7 @@ class Expectation:
 
 
 def expected(cell: Cell) -> Expectation:
-    """How a cell must end, by DESIGN alone.
+    """How a cell must end, by what is promised alone.
 
     An API of kind `none` can't be asked, so every claim whose outcome nobody was told
     is parked for a person, executed or not. Of every other kind all doubt ends.

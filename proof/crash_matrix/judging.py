@@ -14,7 +14,7 @@ from proof.crash_matrix.wires import FIRST, SECOND
 
 #: Another subscriber's order, of another partition.
 BYSTANDER: Final = "bystander"
-#: DESIGN section 3: what a delivery of an order in this status is answered.
+#: README, What is guaranteed: what a delivery of an order in this status is answered.
 _HTTP_OF_STATUS: Final = {
     "succeeded": 200,
     "accepted": 200,

@@ -1001,7 +1001,7 @@ def test_missing_package_is_one_line(
     result = CliRunner(env={"HOME": str(tmp_path)}).invoke(main, ["doctor", *where])
 
     assert result.exit_code == 2
-    assert "topup-function[cluster]" in result.stderr
+    assert "'.[cluster]'" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Who may reach whom, by the manifests: no more than DESIGN section 7 says.
+"""Who may reach whom, by the manifests: no more than is needed.
 
 Each check takes all that is applied together and says in words what is wrong.
 Must never ask a cluster.

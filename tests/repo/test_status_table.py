@@ -27,7 +27,7 @@ HELD_BY: Final = {
     Outcome.KEY_REUSED: "quarantine",
 }
 
-#: DESIGN section 3, row by row.
+#: README, What is guaranteed, row by row.
 CONTRACT: Final = {
     Outcome.SUCCEEDED: 200,
     Outcome.ACCEPTED: 200,

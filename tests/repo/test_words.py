@@ -1,6 +1,6 @@
 """One word, one thing; and what must never be committed.
 
-DESIGN's glossary: the external system is the recharge API, in identifiers never by
+The external system is the recharge API, in identifiers never by
 another word.
 """
 

@@ -13,7 +13,7 @@ REQUIRED: Final = {
     "RECHARGE_API_URL": "https://api.example",
 }
 
-#: Left must be less than right (DESIGN section 4).
+#: Left must be less than right (README, Settings).
 ORDER: Final = [
     ("RECHARGE_API_TIMEOUT_S", "RECHARGE_API_DEADLINE_S"),
     ("RECHARGE_API_DEADLINE_S", "LEDGER_LEASE_S"),
