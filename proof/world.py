@@ -57,14 +57,15 @@ EVENTS: Final = (
 )
 #: A phase that takes so many steps does not come to rest.
 _STEPS_MAX: Final = 4_000
-#: Rounds of the resolver without any order settled, each pause twice the last, after
-#: which nothing will be settled by itself: parked ones are tried ever more rarely, but
+#: Rounds of the resolver in which nothing was settled, each pause four times the last,
+#: after which nothing will be by itself: parked ones are tried ever more rarely, but
 #: where the API can't be asked they are not tried at all.
-_QUIET_ROUNDS: Final = 9
-_QUIET_ROUNDS_OF_NONE: Final = 5
+_QUIET_ROUNDS: Final = 5
+_QUIET_ROUNDS_OF_NONE: Final = 3
 #: After so many the trouble is over, too: it would be idle.
-_PATIENCE: Final = 2
+_PATIENCE: Final = 1
 _ROUND_S: Final = 10
+_LONGER: Final = 4
 _JUMPS_US: Final = tuple(
     round((each_s + 1) * MICROS) for each_s in (LEASE_S, SETTLE_S, WINDOW_S)
 )
@@ -354,7 +355,7 @@ class World:
         if not self.judge.unsettled() and not self._accepted():
             return True
         pause_s = min(each.pause_s for each in self._resolvers)
-        return bool(pause_s >= _ROUND_S * 2**rounds)
+        return bool(pause_s >= _ROUND_S * _LONGER**rounds)
 
     def _is_settled_by_person(self) -> bool:
         if self._has_work_for_person():
@@ -535,8 +536,8 @@ class World:
             settled = len(self.ledger.orders) - len(self.judge.unsettled())
             has_progress = settled != self._settled
             self._settled = settled
-            longest = _ROUND_S * 2**self._quiet_rounds
-            pause_s = min(longest, 2 * resolver.pause_s)
+            longest = _ROUND_S * _LONGER**self._quiet_rounds
+            pause_s = min(longest, _LONGER * resolver.pause_s)
             resolver.pause_s = _ROUND_S if has_progress else pause_s
             resolver.round_at = self.scheduler.now + resolver.pause_s * MICROS
             resolver.task = None

@@ -192,7 +192,7 @@ FOUND: Final = {
     "blind reclaim": ("none", 3873, "double"),
     "released although doubted": ("replay", 597, "double"),
     "gate forgets held": ("replay", 3, "out of order"),
-    "late settlement overwrites": ("replay", 1213, "reference"),
+    "late settlement overwrites": ("none", 917, "reference"),
     "lost claims forgotten": ("none", 509, "stuck"),
     "unrecorded before 409": ("replay", 3, "stuck"),
     "answer before settlement": ("replay", 557, "unsettled"),
