@@ -20,7 +20,7 @@ from function.api_profile import ApiProfile, Kind, load_profile
 from function.config import Settings
 from function.errors import ClaimUncertain, LedgerUnavailable, OperationRefused
 from function.model import Outcome, Position, Receipt, Status, TopUp
-from function.operations import Verdict
+from function.operations import ACCEPTED_CASES, Verdict
 from function.processing import Processing
 from function.resolver import Resolver
 from function.rules import Rules
@@ -611,6 +611,8 @@ class World:
             row.sent_at is None or self.scheduler.now - row.sent_at > SETTLE_S * MICROS
         )
         is_open = row.status in _FOR_PERSONS
+        if row.status is Status.ACCEPTED:
+            is_open = row.reason in ACCEPTED_CASES
         return is_open and is_old and not self.api.is_pending(row.idempotency_key)
 
     def _decide_about(self, row: Row) -> None:
