@@ -22,7 +22,7 @@ from typing import Any, Final
 import click
 from hypothesis import HealthCheck, Phase, given, reproduce_failure, seed, settings
 from hypothesis import __version__ as hypothesis_version
-from hypothesis.errors import DidNotReproduce, Flaky
+from hypothesis.errors import DidNotReproduce, Flaky, InvalidArgument
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -262,6 +262,9 @@ def main(
             blob=blob,
             console=console,
         )
+    except InvalidArgument:
+        click.echo("fuzz: --replay: say what a find has named", err=True)
+        sys.exit(_BROKEN)
     except (PartFailed, ServerError, ServiceMissing) as error:
         click.echo(f"fuzz: {error}", err=True)
         sys.exit(_BROKEN)
