@@ -93,7 +93,7 @@ def test_killed_at_a_few_boundaries_every_order_ends_once(tmp_path: Path) -> Non
     [
         pytest.param(
             '        return self._park(entry, "cannot_be_found_out")',
-            "        return self._send_again(order, entry)",
+            "        return self._send_again(order, entry, looked)",
             "DOUBLE",
             id="sent again without knowing",
         ),
