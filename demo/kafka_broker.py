@@ -264,6 +264,8 @@ class Listener:
     settings: Mapping[str, str]
     #: The controller's is for the broker alone, and so is not told to clients.
     is_advertised: bool = True
+    #: Where clients are told to connect, if that is elsewhere: at a proxy.
+    advertised_port: int = 0
 
 
 class KafkaServer(Server, KafkaCluster):
@@ -287,6 +289,9 @@ class KafkaServer(Server, KafkaCluster):
         Server.__init__(self, directory)
         self._port, self._controller_port = free_port(), free_port()
         self._certificate_port = free_port()
+        #: Where a proxy finds the broker; nobody listens unless `advertise_through`.
+        self.proxied_port = free_port()
+        self._proxy_port = 0
         self._admin_password = secrets.token_urlsafe(24)
         KafkaCluster.__init__(
             self,
@@ -297,6 +302,13 @@ class KafkaServer(Server, KafkaCluster):
             partitions_default=partitions_default,
         )
         self._certificates = certificates
+
+    def advertise_through(self, port: int) -> None:
+        """From the next start on, have one more way in: through a proxy's port.
+
+        Whoever bootstraps there stays there: a broker tells each client where to go.
+        """
+        self._proxy_port = port
 
     def client_config(self, user: str) -> Config:
         """How a user connects who was made by `create_user`; KeyError for others."""
@@ -318,19 +330,23 @@ class KafkaServer(Server, KafkaCluster):
         }
 
     def _listeners(self) -> tuple[Listener, ...]:
-        return (
-            Listener(
-                "CLIENT",
-                self._port,
-                "SASL_SSL",
-                {
-                    "sasl.enabled.mechanisms": "SCRAM-SHA-512",
-                    # What the broker itself logs in with, where it is its own client.
-                    "scram-sha-512.sasl.jaas.config": _jaas(
-                        "scram.ScramLoginModule", self._admin_password
-                    ),
-                },
+        scram = {
+            "sasl.enabled.mechanisms": "SCRAM-SHA-512",
+            # What the broker itself logs in with, where it is its own client.
+            "scram-sha-512.sasl.jaas.config": _jaas(
+                "scram.ScramLoginModule", self._admin_password
             ),
+        }
+        proxied = Listener(
+            "PROXIED",
+            self.proxied_port,
+            "SASL_SSL",
+            scram,
+            advertised_port=self._proxy_port,
+        )
+        return (
+            Listener("CLIENT", self._port, "SASL_SSL", scram),
+            *([proxied] if self._proxy_port else []),
             Listener(
                 "MTLS",
                 self._certificate_port,
@@ -362,7 +378,9 @@ class KafkaServer(Server, KafkaCluster):
         properties = {
             "listeners": ",".join(f"{x.name}://{LOOPBACK}:{x.port}" for x in listeners),
             "advertised.listeners": ",".join(
-                f"{x.name}://localhost:{x.port}" for x in listeners if x.is_advertised
+                f"{x.name}://localhost:{x.advertised_port or x.port}"
+                for x in listeners
+                if x.is_advertised
             ),
             "listener.security.protocol.map": ",".join(
                 f"{x.name}:{x.protocol}" for x in listeners

@@ -3,7 +3,7 @@ r"""Everything that runs during a soak, and the links between its parts.
 Owns the start, the names and the end of every process; must never break anything by
 itself: it offers what a nemesis may do, and how it is mended.
 
-    producers -> Kafka -> sources --> functions --> recharge API (its book)
+    producers -> Kafka --> sources --> functions --> recharge API (its book)
                                  \        |  \
                           a link at each arrow --> MariaDB, primary and replica
                                            |          |
@@ -124,6 +124,10 @@ class Cluster:
             stack.enter_context(self.database)
             # Nobody waits for its orderly end.
             stack.callback(self.broker.kill)
+            through = self.proxy.link(
+                "source->kafka", (LOOPBACK, self.broker.proxied_port)
+            )
+            self.broker.advertise_through(through.port)
             self.broker.start()
             stack.enter_context(self.api)
             for part in (*self.pods.values(), *self.resolvers.values()):
@@ -307,6 +311,7 @@ class Cluster:
     def _source(self, name: str) -> SourcePart:
         retry = _RETRY_NAIVE if self.is_naive else _RETRY
         kafka = self.kafka_config(SOURCE) | {
+            "bootstrap.servers": f"localhost:{self.proxy.links['source->kafka'].port}",
             "session.timeout.ms": 3000,
             "heartbeat.interval.ms": 500,
         }

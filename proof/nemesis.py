@@ -61,6 +61,7 @@ PROCESSES: Final[Mapping[str, Span]] = {
     "broker_paused": (0.5, 3.0),
 }
 PAIRS: Final = (
+    "source->kafka",
     "source->function",
     "function->database",
     "function->api",
