@@ -54,6 +54,10 @@ class Delivery:
         return cls(count, delay * 2 * (2.0**count - 1), delay * 2.0**count, timeout)
 
 
+#: How a key begins that Java and the KafkaSource can read.
+_PKCS8: Final = "PRIVATE KEY"
+
+
 def check_source(parts: Parts, topic_retention_s: float) -> Iterator[Diagnosis]:
     """Everything about the KafkaSource itself.
 
@@ -359,7 +363,7 @@ def _mechanism(parts: Parts, source: Document) -> Iterator[Diagnosis]:
 
 def _client_key(parts: Parts, source: Document) -> Iterator[Diagnosis]:
     value = _secret_value(parts, at(source, "spec", "net", "tls", "key"))
-    if value and value != "-----BEGIN PRIVATE KEY-----":
+    if value and value != f"-----BEGIN {_PKCS8}-----":
         yield error(
             subject_of(source),
             "its client key is not in PKCS#8, which the source refuses",
