@@ -429,6 +429,20 @@ def test_held_orders_that_fail_starve_no_others(database: Database) -> None:
     assert pod.status(lost) == "succeeded"
 
 
+def test_given_up_order_that_meets_a_rest_waits_in_line(database: Database) -> None:
+    """A held one is due in the next round, a released one when it is given up again."""
+    pod = Pod(database, Kind.NONE)
+    assert pod.deliver(order(), NOT_SENT) is Outcome.RELEASED
+    database.change(updated_at="2001-01-01 00:00:00")
+    resolver, rpod = resolver_of(database, Kind.NONE)
+    for _ in range(3):
+        rpod.processing._rest.note(is_doubt=True, now=rpod.now)
+
+    resolver.run_once()
+
+    assert pod.status(order()) == "held"
+
+
 @pytest.mark.parametrize("status", ["released", "in_doubt"])
 def test_order_that_was_given_up_is_found_again_after_a_blip(
     database: Database, status: str

@@ -583,6 +583,27 @@ def test_one_order_alone_goes_first_after_a_rest(database: Database) -> None:
     assert pod.status(last) == "released"
 
 
+def test_others_wait_for_what_becomes_of_the_one_that_goes_first(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.NONE)
+    for number in range(3):
+        topup = order(f"p{number}", msisdn=f"+3933311{number:05}")
+        assert pod.deliver(topup, UNKNOWN) is Outcome.PARKED
+    pod.now += 61
+    met: list[Outcome] = []
+
+    def another_comes() -> None:
+        pod.api.meanwhile = lambda: None
+        met.append(pod.processing.process(order("second")).outcome)
+
+    pod.api.meanwhile = another_comes
+    pod.api.answers = [DONE, DONE]
+    pod.processing.process(order("first", msisdn=A))
+
+    assert met == [Outcome.API_AWAY]
+
+
 def test_draining_pod_begins_no_call(any_kind: Pod, database: Database) -> None:
     any_kind.is_draining = True
 
