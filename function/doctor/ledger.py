@@ -28,6 +28,7 @@ _VARIABLES: Final = (
     # What makes a failover target hold every acknowledged commit.
     "wsrep_on",
     "group_replication_group_name",
+    "group_replication_consistency",
     "rpl_semi_sync_master_enabled",
     "rpl_semi_sync_source_enabled",
     "rpl_semi_sync_master_wait_point",
@@ -191,6 +192,17 @@ def _durable(variables: Mapping[str, str]) -> Iterator[Diagnosis]:
 
 def _failover(variables: Mapping[str, str]) -> Iterator[Diagnosis]:
     """Whether anything shows that a failover target holds every commit."""
+    if variables.get("wsrep_on") in _ON:
+        # Jepsen, MariaDB Galera Cluster 12.1.2, 2026-03-15; MDEV-38974, -38976, -38977
+        # and -38999. A claim that is lost is an order that is called twice.
+        yield error(
+            "ledger",
+            "the server is a node of a Galera cluster, which can lose commits that it "
+            "has acknowledged: a lost claim is an order that is called twice",
+            "use a primary with a semi-synchronous replica, or Group Replication with "
+            "one primary",
+        )
+        return
     semi = "rpl_semi_sync_{}_{}"
     for role in ("master", "source"):
         if variables.get(semi.format(role, "enabled")) not in _ON:
@@ -209,10 +221,16 @@ def _failover(variables: Mapping[str, str]) -> Iterator[Diagnosis]:
         else:
             yield ok("ledger", "a replica has each commit before it is acknowledged")
         return
-    if variables.get("wsrep_on") in _ON or variables.get(
-        "group_replication_group_name"
-    ):
-        yield ok("ledger", "each commit is certified by its cluster")
+    consistency = variables.get("group_replication_consistency")
+    if variables.get("group_replication_group_name") and consistency == "EVENTUAL":
+        yield warning(
+            "ledger",
+            "group_replication_consistency is EVENTUAL: a new primary may answer "
+            "before it has applied every commit",
+            "set it to BEFORE_ON_PRIMARY_FAILOVER",
+        )
+    elif variables.get("group_replication_group_name"):
+        yield ok("ledger", "the members of its group have each commit")
     else:
         yield warning(
             "ledger",

@@ -289,7 +289,6 @@ def test_semi_synchronous_primary_is_fine() -> None:
         ({"rpl_semi_sync_master_timeout": "10000"}, False),
         ({"rpl_semi_sync_master_wait_point": "AFTER_COMMIT"}, False),
         ({"rpl_semi_sync_master_enabled": "OFF"}, False),
-        ({"rpl_semi_sync_master_enabled": "OFF", "wsrep_on": "ON"}, True),
         (
             {
                 "rpl_semi_sync_master_enabled": "OFF",
@@ -297,12 +296,30 @@ def test_semi_synchronous_primary_is_fine() -> None:
             },
             True,
         ),
+        (
+            {
+                "rpl_semi_sync_master_enabled": "OFF",
+                "group_replication_group_name": "3f2a",
+                "group_replication_consistency": "EVENTUAL",
+            },
+            False,
+        ),
     ],
 )
 def test_failover_target_must_hold_every_commit(
     variables: dict[str, str], *, is_fine: bool
 ) -> None:
     assert bool(judged(variables=variables)) is not is_fine
+
+
+@pytest.mark.parametrize("semi_sync", ["ON", "OFF"])
+def test_galera_is_an_error(semi_sync: str) -> None:
+    """It loses commits that it has acknowledged."""
+    variables = {"rpl_semi_sync_master_enabled": semi_sync, "wsrep_on": "ON"}
+
+    (found,) = judged(variables=variables)
+
+    assert found.startswith("error: the server is a node of a Galera cluster")
 
 
 @pytest.mark.parametrize(
