@@ -154,8 +154,8 @@ quarantine: Final = Table(
     "quarantine",
     metadata,
     Column("id", _ROW_NUMBER, primary_key=True, autoincrement=True),
-    #: SHA-256 of topic, partition, offset and bytes, or of the bytes alone: a
-    #: redelivery adds nothing, a recreated topic's other record does.
+    #: SHA-256 of topic, partition and offset (where known), announced length and
+    #: bytes: a redelivery adds nothing, a recreated topic's other record does.
     Column("identity", ascii_text(64), nullable=False, unique=True),
     Column("outcome", ascii_text(16), nullable=False),
     Column("detail", unicode_text(500), nullable=False),

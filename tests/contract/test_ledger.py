@@ -816,6 +816,19 @@ def test_other_bytes_at_the_place_of_a_recreated_topic_are_recorded_too(
     assert [row["raw"] for row in database.rows("quarantine")] == [b"{", b"["]
 
 
+def test_two_large_records_are_two_although_their_numbers_run_together(
+    ledger: Ledger, database: Database
+) -> None:
+    """Offset 1 with 23456 bytes, and offset 12 with 3456; their beginnings agree."""
+    for offset, announced in ((1, 23_456), (12, 3_456)):
+        at = Position("recharge.orders", 0, offset)
+        large = replace(refused(b"x" * 100, at), announced_bytes=announced)
+        assert ledger.put_in_quarantine(large)
+        assert not ledger.put_in_quarantine(large)
+
+    assert len(database.rows("quarantine")) == 2
+
+
 def test_large_payloads_are_kept_whole(ledger: Ledger, database: Database) -> None:
     large = b"x" * 256 * 1024
     claimed(ledger, replace(order(), payload=large))
