@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Engine,
     String,
     and_,
     delete,
+    exists,
     func,
     literal,
     select,
@@ -121,7 +123,10 @@ class Retention:
     ) -> Purged:
         """Delete settled orders with their attempts, and quarantine; in batches.
 
-        Decisions stay. An order that isn't settled is never touched, however old.
+        Decisions stay. An order that isn't settled is never touched, however old; nor
+        is one whose key stands in quarantine: a replay of that record would find the
+        key unused, and execute it. Quarantine goes first, so that such an order goes in
+        the purge that takes the record.
 
         Args:
             older_than_s: age of the last change of status, or of the recording.
@@ -141,16 +146,16 @@ class Retention:
             )
         cut = self._cut(older_than_s)
         purged = Purged()
+        purged.quarantined = self._purge_quarantine(cut, batch, is_dry_run=is_dry_run)
         for status in _SETTLED:
             purged.orders[status.value] = 0
-            for keys in self._walk(status, cut, batch):
+            for keys in self._walk(status, cut, batch, _is_not_quarantined(cut)):
                 if is_dry_run:
                     purged.orders[status.value] += len(keys)
                     continue
-                orders, attempts = self._delete(status, keys)
+                orders, attempts = self._delete(status, keys, cut)
                 purged.orders[status.value] += orders
                 purged.attempts += attempts
-        purged.quarantined = self._purge_quarantine(cut, batch, is_dry_run=is_dry_run)
         return purged
 
     def blank_payloads(
@@ -236,11 +241,15 @@ class Retention:
                 )
         return Forgotten(pseudonym, len(keys), quarantined)
 
-    def _walk(self, status: Status, cut: str, batch: int) -> Iterator[list[str]]:
+    def _walk(
+        self, status: Status, cut: str, batch: int, *also: ColumnElement[bool]
+    ) -> Iterator[list[str]]:
         """Keys of a status up to a moment, oldest first; deletes meanwhile are fine."""
         query = hinted(
             select(topup.c.idempotency_key, topup.c.updated_at), "by_status"
-        ).where(topup.c.status == status, topup.c.updated_at < literal(cut, String))
+        ).where(
+            topup.c.status == status, topup.c.updated_at < literal(cut, String), *also
+        )
         query = query.order_by(topup.c.updated_at, topup.c.idempotency_key)
         after: tuple[str, str] | None = None
         while True:
@@ -258,14 +267,24 @@ class Retention:
             if len(rows) < batch:
                 return
 
-    def _delete(self, status: Status, keys: Sequence[str]) -> tuple[int, int]:
+    def _delete(self, status: Status, keys: Sequence[str], cut: str) -> tuple[int, int]:
         with transaction(self._engine) as connection:
+            # Once more: one may have come into quarantine since the page was read.
+            free = list(
+                connection.scalars(
+                    select(topup.c.idempotency_key).where(
+                        topup.c.idempotency_key.in_(keys),
+                        topup.c.status == status,
+                        _is_not_quarantined(cut),
+                    )
+                )
+            )
             attempts = connection.execute(
-                delete(attempt).where(attempt.c.idempotency_key.in_(keys))
+                delete(attempt).where(attempt.c.idempotency_key.in_(free))
             )
             orders = connection.execute(
                 delete(topup).where(
-                    topup.c.idempotency_key.in_(keys), topup.c.status == status
+                    topup.c.idempotency_key.in_(free), topup.c.status == status
                 )
             )
             return orders.rowcount, attempts.rowcount
@@ -290,6 +309,14 @@ class Retention:
         with connected(self._engine) as connection:
             moment = connection.scalar(select(ago(older_than_s)))
         return moment_text(moment, is_sqlite=self._is_sqlite)
+
+
+def _is_not_quarantined(cut: str) -> ColumnElement[bool]:
+    """No record that stays in quarantine has this order's key."""
+    return ~exists().where(
+        quarantine.c.idempotency_key == topup.c.idempotency_key,
+        quarantine.c.recorded_at >= literal(cut, String),
+    )
 
 
 def _pseudonym(msisdn: str, key_file: Path) -> str:

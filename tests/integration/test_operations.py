@@ -632,6 +632,27 @@ def test_purge_in_batches_takes_everything_and_keeps_decisions(
     assert len(empty.rows("decision")) == 1
 
 
+def test_order_whose_key_stands_in_quarantine_is_purged_with_that_record(
+    retention: Retention, empty: Database
+) -> None:
+    """A replay of the record would else find the key unused, and execute it."""
+    put(empty, "app:r1", Status.SUCCEEDED, age_s=50 * DAY_S)
+    put_attempt(empty, "app:r1")
+    put_in_quarantine(empty, key="app:r1", age_s=43 * DAY_S, outcome="key_reused")
+
+    dry = retention.purge(44 * DAY_S, HORIZON, is_dry_run=True)
+    purged = retention.purge(44 * DAY_S, HORIZON)
+
+    assert dry.orders == purged.orders
+    assert sum(purged.orders.values()) == purged.attempts == 0
+    assert len(empty.rows("topup")) == len(empty.rows("attempt")) == 1
+
+    empty.execute("UPDATE quarantine SET recorded_at = :at", at=ago(45 * DAY_S))
+    purged = retention.purge(44 * DAY_S, HORIZON)
+    assert (purged.quarantined, sum(purged.orders.values())) == (1, 1)
+    assert empty.rows("topup") == empty.rows("attempt") == []
+
+
 def test_payloads_of_settled_orders_are_emptied_and_the_rows_stay(
     retention: Retention, empty: Database
 ) -> None:

@@ -2,6 +2,9 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -344,6 +347,40 @@ def test_replay_through_the_real_door_recharges_only_what_was_never_executed(
     assert [row["idempotency_key"] for row in rows] == ["app:r1", "app:r2", "app:r3"]
     assert {(row["status"], row["attempts"]) for row in rows} == {("succeeded", 1)}
     assert [row["kafka_offset"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_reused_key_that_is_replayed_after_a_purge_is_not_executed(
+    mariadb_database: Database, tmp_path: Path
+) -> None:
+    """By the real commands: the first order's row must outlive the record."""
+    with SandboxRechargeApi(kind=Kind.LOOKUP, book=tmp_path / "book.jsonl") as api:
+        env = function_env(mariadb_database.env["LEDGER_DATABASE_URL"], api.url) | {
+            **mariadb_database.env
+        }
+        with FunctionProcess(tmp_path, env=env) as function:
+            for amount, status in ((1000, 200), (500, 422)):
+                order = data("r1", amount_minor=amount)
+                answer = requests.post(
+                    function.url, json=order, headers=headers(), timeout=30
+                )
+                assert answer.status_code == status
+            mariadb_database.execute(
+                "UPDATE topup SET updated_at = '2001-01-01 00:00:00'"
+            )
+            for command in (
+                ["purge", "--older-than", "100d", "--yes"],
+                ["replay", "--quarantine", "--to", function.url, "--yes"],
+            ):
+                subprocess.run(
+                    [Path(sys.executable).with_name("topup"), *command],
+                    env=os.environ | env,
+                    check=True,
+                    timeout=60,
+                )
+        executed = (tmp_path / "book.jsonl").read_text().count('"executed"')
+
+    assert executed == 1
 
 
 @pytest.mark.slow
