@@ -39,7 +39,12 @@ metadata: Final = MetaData()
 
 
 def ascii_text(length: int) -> String:
-    """Text that compares byte by byte: never equal by case, accent or blank."""
+    """Text that compares byte by byte: never equal by case or accent.
+
+    MySQL and MariaDB pad it with blanks when they compare (PAD SPACE): `x` equals `x `.
+    That makes no two orders one, because no key can end in a blank: `channel` and
+    `rechargeId` are percent-encoded, and a blank is `%20`.
+    """
     return String(length).with_variant(
         mysql.VARCHAR(length, charset="ascii", collation="ascii_bin"),
         "mysql",

@@ -1,5 +1,6 @@
 """What only a real server shows: round trips, races, lost connections, TLS."""
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +19,14 @@ from demo.mariadb import MariaDb
 from function.api_profile import load_profile
 from function.database import connected, make_engine, transaction
 from function.errors import ClaimUncertain, LedgerUnavailable, SettingsError
+from function.events import read_topup
 from function.ledger import Ledger
 from function.migrate import SCHEMA_REVISION, migrate, require_migrated
 from function.model import Answer, AnswerClass, Outcome, TopUp
 from function.processing import Processing
 from tests.conftest import Database, settings_of
 from tests.integration.test_processing import ScriptedApi
-from tests.orders import order
+from tests.orders import data, headers, order
 
 DONE = Answer(AnswerClass.DONE, http_status=201, reference="R-1")
 UNKNOWN = Answer(AnswerClass.UNKNOWN, reason="read_timeout")
@@ -34,6 +36,33 @@ ROUNDS = 300
 @pytest.fixture
 def ledger(mariadb_database: Database) -> Ledger:
     return make_ledger(mariadb_database)
+
+
+def test_blank_at_the_end_makes_no_two_orders_one(
+    mariadb_database: Database, ledger: Ledger
+) -> None:
+    """The server pads keys with blanks when it compares; a key can't end in one."""
+    with mariadb_database.engine.connect() as connection:
+        for charset in ("ascii", "utf8mb4"):
+            assert (
+                connection.exec_driver_sql(
+                    f"SELECT CONVERT('x' USING {charset}) COLLATE {charset}_bin = 'x '"
+                ).scalar_one()
+                == 1
+            )
+
+    keys = set()
+    for channel, name in (("app", "r"), ("app", "r "), ("app ", "r"), ("app ", "r ")):
+        body = json.dumps(data(name, channel)).encode()
+        topup = read_topup(headers(), body, "com.example.topup.requested.v1")
+        assert topup.idempotency_key.strip() == topup.idempotency_key
+        keys.add(topup.idempotency_key)
+        claim = ledger.claim(topup)
+        assert claim
+        assert ledger.settle(topup.idempotency_key, claim.token, DONE)
+
+    assert {row["idempotency_key"] for row in mariadb_database.rows("topup")} == keys
+    assert len(keys) == 4
 
 
 def make_ledger(database: Database) -> Ledger:
