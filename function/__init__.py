@@ -7,6 +7,7 @@ Read in this order, which is the order of one event, then of what surrounds it:
     door.py           reads the request within bounds
     event_tokens.py   who may post, where it is asked; issuer_keys.py by whose keys
     events.py         CloudEvent -> TopUp
+    placement.py      did the record come where its subscriber's records must come
     processing.py     claim, recharge, settle; doubt
     ledger.py         the statements; schema.py the tables; database.py connections
     recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials
@@ -28,7 +29,7 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 #: Who may import whom: a module imports only modules of the rows above its own.
 LAYERS = (
     ("errors", "model", "durations", "doctor.diagnosis", "doctor.documents"),
-    ("config", "telemetry", "door", "plan", "doctor.cluster"),
+    ("config", "telemetry", "placement", "door", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),
     ("rules",),
     ("migrate", "ledger", "recharge_api", "processing", "event_tokens"),

@@ -363,7 +363,21 @@ def _topup(
         position=position,
         event_id=event["id"],
         event_source=event["source"],
+        record_key=_record_key(event),
     )
+
+
+def _record_key(event: CloudEvent) -> str | None:
+    """The record's key: KafkaSource shows that of plain records as `key`.
+
+    Of a record that is a CloudEvent it shows none; there the producer may have set
+    `partitionkey` (CloudEvents partitioning extension).
+    """
+    for name in ("key", "partitionkey"):
+        value = event.get(name)
+        if value is not None:
+            return str(value)
+    return None
 
 
 def _idempotency_key(channel: str, recharge_id: str) -> str:

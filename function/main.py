@@ -29,6 +29,7 @@ from function.events import attributes_of, position_of, read_topup, reply_to
 from function.ledger import Ledger
 from function.migrate import require_migrated
 from function.model import Outcome, Receipt, Refused, TopUp
+from function.placement import PlacementWatch
 from function.processing import Processing
 from function.recharge_api import RechargeApi
 
@@ -96,6 +97,7 @@ def _settings() -> Settings:
 
 settings: Final = _settings()
 event_tokens: Final = EventTokens(settings)
+placement_watch: Final = PlacementWatch(telemetry.alert)
 telemetry.configure(settings.log_level)
 flask.current_app.wsgi_app = Door(  # type: ignore[method-assign]
     flask.current_app.wsgi_app,
@@ -177,6 +179,7 @@ def _deliver(request: flask.Request) -> flask.Response:
             Outcome.INVALID if isinstance(error, InvalidEvent) else Outcome.MALFORMED
         )
         return _refuse(outcome, str(error), headers, body, len(body))
+    placement_watch.see(order)
     receipt = services().processing.process(order)
     _log(order, receipt)
     return _respond(receipt, order)

@@ -118,6 +118,8 @@ class TopUp:
     #: The CloudEvent's id and source, for the logs only.
     event_id: str
     event_source: str
+    #: The Kafka record's key, where the delivery tells it: evidence, never identity.
+    record_key: str | None = None
 
 
 @unique

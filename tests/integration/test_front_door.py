@@ -553,6 +553,23 @@ def test_api_that_refuses_us_is_answered_with_503_and_an_alert(
     assert system.post(order).status == 200
 
 
+def test_record_with_another_key_than_its_subscriber_is_executed_and_told(
+    system: System,
+) -> None:
+    order = new_order()
+
+    for _ in range(2):
+        assert system.post(order, ce_key="+10000000").status == 200
+
+    told = [
+        json.loads(line)
+        for line in system.function.log().splitlines()
+        if '"record_misplaced"' in line and key_of(order) in line
+    ]
+    assert [each["reason"] for each in told] == ["key_is_not_the_subscriber"]
+    assert system.calls(order) == 1
+
+
 def test_paused_function_records_and_answers_with_503(system: System) -> None:
     order = new_order(channel="kiosk")
     system.execute(
