@@ -4,7 +4,8 @@ Read in this order, which is the order of one event, then of what surrounds it:
 
     gunicorn.conf.py  the container's server
     main.py           wires the parts; one HTTP status per outcome
-    door.py           reads the request within bounds
+    heads.py          reads a request's head within bounds
+    door.py           reads its body within bounds
     event_tokens.py   who may post, where it is asked; issuer_keys.py by whose keys
     events.py         CloudEvent -> TopUp
     placement.py      did the record come where its subscriber's records must come
@@ -29,7 +30,7 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 #: Who may import whom: a module imports only modules of the rows above its own.
 LAYERS = (
     ("errors", "model", "durations", "doctor.diagnosis", "doctor.documents"),
-    ("config", "telemetry", "placement", "door", "plan", "doctor.cluster"),
+    ("config", "telemetry", "placement", "door", "heads", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),
     ("rules",),
     ("migrate", "ledger", "recharge_api", "processing", "event_tokens"),

@@ -28,12 +28,18 @@ _ANNOUNCED_BYTES_MAX: Final = 2**63 - 1
 #: Where the door leaves what it saw, for main.py.
 ANNOUNCED_BYTES: Final = "topup.announced_bytes"
 
+#: What was dropped of a head that was beyond our bounds (heads.py), in words.
+DROPPED_OF_HEAD: Final = "topup.dropped_of_head"
+
 #: The paths that mean something, to other methods than POST.
 _PROBES: Final = frozenset({"/healthz", "/readyz"})
 
 #: Connections whose body is being read, and until when it must be there: a body that
 #: drips would keep each read's own time limit for ever. The server ends late ones.
 reading: Final[dict[Any, float]] = {}
+
+#: Connections whose request had more of a head than is read, and what was dropped.
+shortened_heads: Final[dict[Any, str]] = {}
 
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -60,6 +66,8 @@ class Door:
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         """Pass the request on with its body in memory; 503 if it can't be read."""
+        dropped = shortened_heads.get(environ.get("gunicorn.socket"), "")
+        environ[DROPPED_OF_HEAD] = dropped
         # A host name that can't be is answered 400 by the framework, unrecorded.
         environ["HTTP_HOST"] = "function"
         if environ["REQUEST_METHOD"] == "POST":

@@ -34,6 +34,21 @@ JSON_DEPTH_MAX: Final = 32
 _KEY_CHARACTERS_MAX: Final = 200
 _ATTRIBUTE_CHARACTERS_MAX: Final = 1024
 _ATTRIBUTES_MAX: Final = 100
+#: What a delivery needs to be the same delivery again.
+_REPLAYED: Final = frozenset(
+    {
+        "ce-specversion",
+        "ce-id",
+        "ce-source",
+        "ce-type",
+        "ce-topic",
+        "ce-key",
+        "ce-partitionkey",
+        "ce-knativekafkapartition",
+        "ce-knativekafkaoffset",
+        "content-type",
+    }
+)
 _PARTITION_MAX: Final = 2**31 - 1
 _OFFSET_MAX: Final = 2**63 - 1
 _TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
@@ -120,12 +135,16 @@ def position_of(
 
 
 def attributes_of(headers: Mapping[str, str]) -> dict[str, str]:
-    """The CloudEvents attributes and the content type, as quarantine keeps them."""
+    """The CloudEvents attributes and the content type, as quarantine keeps them.
+
+    Of many, what a replay needs is kept, and then the first ones.
+    """
     kept = [
-        (name.lower(), value[:_ATTRIBUTE_CHARACTERS_MAX])
+        (name.lower()[:_ATTRIBUTE_CHARACTERS_MAX], value[:_ATTRIBUTE_CHARACTERS_MAX])
         for name, value in headers.items()
         if name.lower().startswith("ce-") or name.lower() == "content-type"
     ]
+    kept.sort(key=lambda attribute: attribute[0] not in _REPLAYED)
     return dict(kept[:_ATTRIBUTES_MAX])
 
 

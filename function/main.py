@@ -16,7 +16,7 @@ from function.api_auth import make_authenticator
 from function.api_profile import load_profile
 from function.config import Settings
 from function.database import make_engine
-from function.door import ANNOUNCED_BYTES, Door, draining
+from function.door import ANNOUNCED_BYTES, DROPPED_OF_HEAD, Door, draining
 from function.errors import (
     InvalidEvent,
     LedgerUnavailable,
@@ -169,6 +169,8 @@ def _deliver(request: flask.Request) -> flask.Response:
         return _refuse(
             Outcome.TOO_LARGE, "larger than allowed", headers, body, announced
         )
+    if dropped := request.environ[DROPPED_OF_HEAD]:
+        return _refuse(Outcome.MALFORMED, dropped, headers, body, len(body))
     try:
         order = read_topup(headers, body, settings.event_type)
     except UnknownEventType as error:
