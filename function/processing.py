@@ -203,14 +203,15 @@ class Processing:
         self, order: TopUp, entry: Entry, line: Line, looked: float
     ) -> Receipt | None:
         """Go on where the ledger says this order stands; None means look again."""
+        owed = self._owed.get(entry.token)
+        if owed is not None and entry.token is not None:
+            # This pod knows what the ledger could not be told; perhaps others have
+            # ended the order since, and must hear that it was executed.
+            claim = _claim_of(entry, entry.token)
+            return self._finish(order, claim, owed, self._monotonic())
         settled = _SETTLED.get(entry.status)
         if settled is not None:
             return _repetition(settled, entry)
-        owed = self._owed.get(entry.token)
-        if owed is not None and entry.token is not None:
-            # This pod knows what the ledger could not be told.
-            claim = _claim_of(entry, entry.token)
-            return self._finish(order, claim, owed, self._monotonic())
         if entry.status is Status.PARKED and not self._is_resolver:
             return _repetition(Outcome.PARKED, entry)
         if entry.status is Status.IN_FLIGHT:
@@ -332,6 +333,14 @@ class Processing:
                     )
                     raise
                 self._sleep(_SETTLE_PAUSE_S)
+            except Exception as error:
+                # Nobody foresaw this: the answer must not be lost with it.
+                self._alert(
+                    "answer_owed",
+                    order.idempotency_key,
+                    f"{answer.classified}:{answer.reference}:{type(error).__name__}",
+                )
+                raise
             else:
                 self._owed.drop(claim.token)
                 # Crash here: settled; the redelivery is a repetition
@@ -374,13 +383,16 @@ class Processing:
         return Outcome.PARKED if is_for_good else Outcome.IN_DOUBT
 
     def _fenced_off(self, order: TopUp, claim: Claim, answer: Answer) -> Receipt:
-        """Another took the claim over: keep the evidence, answer what the row says."""
+        """Another took the claim over: keep the evidence, answer what the row says.
+
+        Every success that a process received is in the row, in an attempt's row or in
+        an alert, whoever has ended the order meanwhile.
+        """
         key = order.idempotency_key
         entry, _ = self._ledger.look(order)
-        settled = _SETTLED.get(entry.status) if entry else None
-        if entry and settled and entry.token == claim.token:
-            # Our own settlement, whose answer was lost.
-            return Receipt(settled, entry.reference, entry.reason, attempt=claim.token)
+        if entry and _is_own_settlement(entry, claim, answer):
+            outcome = _SETTLED[entry.status]
+            return Receipt(outcome, entry.reference, entry.reason, attempt=claim.token)
         is_parked = entry and entry.status is Status.PARKED
         is_own = entry and entry.token == claim.token
         if is_parked and is_own and answer.classified not in _FINAL:
@@ -390,14 +402,13 @@ class Processing:
         if self._ledger.keep_evidence(key, claim.token, answer):
             outcome = _FINAL[answer.classified]
             return Receipt(outcome, answer.reference, attempt=claim.token)
-        if entry and settled:
-            is_other = None not in {answer.reference, entry.reference} and (
-                answer.reference != entry.reference
-            )
-            if is_other or settled is not _FINAL.get(answer.classified, settled):
-                self._alert("evidence_contradicts", key, answer.classified)
-            return _repetition(settled, entry)
-        return Receipt(Outcome.IN_FLIGHT, reason="fenced_off", attempt=claim.token)
+        entry, _ = self._ledger.look(order)
+        settled = _SETTLED.get(entry.status) if entry else None
+        if entry is None or settled is None:
+            return Receipt(Outcome.IN_FLIGHT, reason="fenced_off", attempt=claim.token)
+        if _contradicts(entry, answer):
+            self._alert("evidence_contradicts", key, answer.classified)
+        return _repetition(settled, entry)
 
     def _settle_doubt(
         self, order: TopUp, entry: Entry, looked: float
@@ -505,6 +516,32 @@ class Processing:
 
 def _repetition(outcome: Outcome, entry: Entry) -> Receipt:
     return Receipt(outcome, entry.reference, entry.reason, is_repetition=True)
+
+
+def _is_own_settlement(entry: Entry, claim: Claim, answer: Answer) -> bool:
+    """Whether the row holds this very answer: only the word of it was lost (pure).
+
+    The same token alone proves nothing: a person's decision and a look-up end an order
+    without a new one. An accepted one may have come to its end since.
+    """
+    if entry.token != claim.token:
+        return False
+    is_accepted = answer.classified is AnswerClass.ACCEPTED
+    if is_accepted and entry.last_class is AnswerClass.ACCEPTED:
+        return entry.status in _SETTLED
+    is_same = _SETTLED.get(entry.status) is _FINAL.get(answer.classified, None)
+    return entry.status in _SETTLED and is_same and entry.reference == answer.reference
+
+
+def _contradicts(entry: Entry, answer: Answer) -> bool:
+    """Whether an answer says otherwise than the settled row (pure)."""
+    settled = _SETTLED[entry.status]
+    is_other = None not in {answer.reference, entry.reference} and (
+        answer.reference != entry.reference
+    )
+    outcome = _FINAL.get(answer.classified, settled)
+    is_taken = {outcome, settled} <= {Outcome.SUCCEEDED, Outcome.ACCEPTED}
+    return is_other or not (outcome is settled or is_taken)
 
 
 def _claim_of(entry: Entry, token: str) -> Claim:

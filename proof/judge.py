@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import function
-from function.model import Outcome, Receipt, Status, TopUp
+from function.model import Answer, Outcome, Receipt, Status, TopUp
 from proof.memory_ledger import MemoryLedger, Row
 from proof.scheduler import Violation
 from proof.simulated_api import Execution, SimulatedApi
@@ -89,6 +89,9 @@ class Judge:
         #: Keys on which the source gave up before the ledger knew them.
         self._excused: set[str] = set()
         self._accepted: set[str] = set()
+        #: Successes that a process heard of: the process, the key, the reference.
+        self._heard: list[tuple[str, str, str | None]] = []
+        self._told: set[str] = set()
         self.transitions: set[tuple[str, str]] = set()
         #: Counts every change, so that others see whether there was any.
         self.changes = 0
@@ -160,6 +163,18 @@ class Judge:
             }:
                 raise Violation(f"lost: {key} was answered {http_status} unrecorded")
 
+    def heard(self, process: str, order: TopUp, answer: Answer) -> None:
+        """The API has told a process of a success."""
+        self._heard.append((process, order.idempotency_key, answer.reference))
+
+    def killed(self, process: str) -> None:
+        """What it had in memory is gone; what it had written is not."""
+        self._heard = [each for each in self._heard if each[0] != process]
+
+    def told(self, key: str) -> None:
+        """An alert about an order."""
+        self._told.add(key)
+
     def gave_up(self, order: TopUp) -> None:
         """The source gave up: what the ledger does not know is in the dead letters."""
         if order.idempotency_key not in self._ledger.orders:
@@ -199,6 +214,7 @@ class Judge:
     def at_end(self) -> None:
         """Everyone has recovered and a person has decided: all is terminal."""
         self._nothing_missing()
+        self._nothing_unheard()
         left = [f"{row.idempotency_key} ({row.status})" for row in self.unsettled()]
         if left:
             raise Violation(f"stuck: at the end {', '.join(left)}")
@@ -209,6 +225,17 @@ class Judge:
                     f"misjudged: {row.idempotency_key} is {row.status}, "
                     f"and the book has {executions}"
                 )
+
+    def _nothing_unheard(self) -> None:
+        """Every success that a process received is in a row, an attempt or an alert."""
+        kept = {
+            (str(each["idempotency_key"]), each["reference"])
+            for each in self._ledger.attempts
+        }
+        for _, key, reference in self._heard:
+            is_in_row = self._ledger.orders[key].reference == reference
+            if not (is_in_row or (key, reference) in kept or key in self._told):
+                raise Violation(f"dropped: nobody knows of {reference} for {key}")
 
     def _nothing_missing(self) -> None:
         for key in self._first:

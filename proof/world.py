@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from function.api_profile import ApiProfile, Kind, load_profile
 from function.config import Settings
 from function.errors import ClaimUncertain, LedgerUnavailable, OperationRefused
-from function.model import Outcome, Position, Receipt, Status, TopUp
+from function.model import (
+    Answer,
+    AnswerClass,
+    LookUp,
+    Outcome,
+    Position,
+    Receipt,
+    Status,
+    TopUp,
+)
 from function.operations import ACCEPTED_CASES, Verdict
 from function.processing import Processing
 from function.resolver import Resolver
@@ -160,6 +169,23 @@ class _Connection:
         return call
 
 
+class _Line:
+    """A process's line to the API: the judge hears what the process hears."""
+
+    def __init__(self, world: "World", process: str) -> None:
+        self._world = world
+        self._process = process
+
+    def recharge(self, order: TopUp, rendered_key: str, deadline: float) -> Answer:
+        answer = self._world.api.recharge(order, rendered_key, deadline)
+        if answer.classified in {AnswerClass.DONE, AnswerClass.ACCEPTED}:
+            self._world.judge.heard(self._process, order, answer)
+        return answer
+
+    def look_up(self, rendered_key: str) -> LookUp:
+        return self._world.api.look_up(rendered_key)
+
+
 class _Process:
     """A pod or a resolver, from its start to its crash."""
 
@@ -170,7 +196,7 @@ class _Process:
         profile = world.profile
         self.processing = world.make_processing(
             ledger,
-            world.api,
+            _Line(world, name),
             profile,
             deadline_s=DEADLINE_S,
             lease_s=LEASE_S,
@@ -546,6 +572,7 @@ class World:
 
     def _crash(self, process: _Process) -> None:
         self.scheduler.say(f"{process.name} is killed")
+        self.judge.killed(process.name)
         for task in [*self.scheduler.tasks]:
             if task.process == process.name:
                 self.source.lose(task)
@@ -704,6 +731,7 @@ class World:
     def alert(self, action: str, key: str, reason: str) -> None:
         """What a person is told."""
         self.counts[f"alert {action}"] += 1
+        self.judge.told(key)
         self.scheduler.say(f"    alert {action} {key} {reason}")
 
     def _database_now(self) -> int:

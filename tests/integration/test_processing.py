@@ -745,3 +745,75 @@ def test_success_against_a_recorded_no_is_an_alert(database: Database) -> None:
 
     assert pod.deliver(order(), DONE) is Outcome.REJECTED
     assert ("evidence_contradicts", "app:r1") in pod.alerts
+
+
+@pytest.mark.parametrize("answer", [DONE, ACCEPTED])
+def test_success_of_an_order_that_a_person_abandoned_meanwhile_is_kept_and_told(
+    database: Database, answer: Answer
+) -> None:
+    """The pod froze with the success in hand; the decision keeps its token."""
+    pod = Pod(database, Kind.REFUSE)
+    pod.api.meanwhile = lambda: database.change("app:r1", status="abandoned")
+
+    assert pod.deliver(order(), answer) is Outcome.ABANDONED
+
+    assert ("evidence_contradicts", "app:r1") in pod.alerts
+    assert "R-1" in [row["reference"] for row in database.rows("attempt")]
+
+
+def test_success_of_an_order_that_a_look_up_found_failed_is_kept_and_told(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.api.meanwhile = lambda: database.change("app:r1", status="rejected")
+
+    assert pod.deliver(order(), DONE) is Outcome.REJECTED
+
+    assert ("evidence_contradicts", "app:r1") in pod.alerts
+    assert "R-1" in [row["reference"] for row in database.rows("attempt")]
+
+
+@pytest.mark.parametrize("end", ["succeeded", "rejected", "abandoned"])
+def test_accepted_order_that_came_to_its_end_is_no_contradiction(
+    database: Database, end: str
+) -> None:
+    """Our settlement was committed, its answer lost, and the resolver was quick."""
+    pod = Pod(database, Kind.REFUSE)
+    claim = pod.ledger.claim(order())
+    assert claim
+    assert pod.ledger.settle("app:r1", claim.token, ACCEPTED)
+    database.change("app:r1", status=end)
+
+    assert pod.processing._write(order(), claim, ACCEPTED).outcome.value == end
+    assert pod.alerts == []
+
+
+def test_answer_that_is_still_owed_is_told_before_a_repetition(
+    any_kind: Pod, database: Database
+) -> None:
+    """The ledger was away when the answer came; a person abandoned the order since."""
+    any_kind.ledger.outages = 10_000
+    with pytest.raises(LedgerUnavailable):
+        any_kind.deliver(order(), DONE)
+    any_kind.ledger.outages = 0
+    database.change("app:r1", status="abandoned")
+
+    assert any_kind.deliver(order()) is Outcome.ABANDONED
+
+    assert ("evidence_contradicts", "app:r1") in any_kind.alerts
+    assert "R-1" in [row["reference"] for row in database.rows("attempt")]
+
+
+def test_answer_is_told_when_the_ledger_fails_in_a_way_nobody_foresaw(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+
+    def raise_(*_: object) -> bool:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pod.ledger, "settle", raise_)
+
+    with pytest.raises(ZeroDivisionError):
+        pod.deliver(order(), DONE)
+    assert ("answer_owed", "app:r1") in pod.alerts
