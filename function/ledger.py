@@ -265,15 +265,29 @@ class Ledger:
             _record(connection, key, token, answer)
             return True
 
-    def give_back(self, key: str, token: str, answer: Answer) -> bool:
+    def give_back(
+        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+    ) -> bool:
         """Release a claim under which nothing was executed.
 
         Doubt is sticky: a row that was once in doubt goes back to in doubt.
 
+        Args:
+            key: the idempotency key.
+            token: the attempt's fence.
+            answer: the proof that nothing was executed.
+            is_held: no record will come for it, so it waits in its line for the
+                resolver, not for a delivery.
+
         Returns False if the attempt holds the claim no more: nothing is changed.
 
         """
-        values = {"key": key, "claim_token": token, "to_class": answer.classified}
+        values = {
+            "key": key,
+            "claim_token": token,
+            "to_class": answer.classified,
+            "to_status": Status.HELD if is_held else Status.RELEASED,
+        }
         with transaction(self._engine) as connection:
             if connection.execute(_GIVE_BACK, values).rowcount != 1:
                 return False
@@ -929,7 +943,7 @@ _GIVE_BACK: Final = (
     .where(_HOLDS_CLAIM)
     .values(
         status=case(
-            (topup.c.doubts > 0, Status.IN_DOUBT.value), else_=Status.RELEASED.value
+            (topup.c.doubts > 0, Status.IN_DOUBT.value), else_=bindparam("to_status")
         ),
         last_class=bindparam("to_class"),
         updated_at=Now(),

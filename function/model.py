@@ -62,7 +62,9 @@ _ANSWERED: Final = _TAKEN | {Status.REJECTED}
 
 #: The legal transitions: from -> to. The ledger refuses every other.
 TRANSITIONS: Final[dict[Status, frozenset[Status]]] = {
-    Status.IN_FLIGHT: _ANSWERED | {Status.RELEASED, Status.IN_DOUBT, Status.PARKED},
+    # Held again by the resolver: no record will come for what it releases.
+    Status.IN_FLIGHT: _ANSWERED
+    | {Status.RELEASED, Status.IN_DOUBT, Status.PARKED, Status.HELD},
     Status.IN_DOUBT: _ANSWERED | {Status.IN_FLIGHT, Status.PARKED, Status.ABANDONED},
     # By the resolver; held again by a person's "not executed, call again".
     Status.PARKED: _ANSWERED | {Status.IN_FLIGHT, Status.HELD, Status.ABANDONED},

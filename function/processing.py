@@ -71,7 +71,9 @@ class LedgerPort(Protocol):
     def reclaim(self, entry: Entry) -> Claim | None: ...
     def look(self, order: TopUp) -> tuple[Entry | None, Line]: ...
     def settle(self, key: str, token: str, answer: Answer) -> bool: ...
-    def give_back(self, key: str, token: str, answer: Answer) -> bool: ...
+    def give_back(
+        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+    ) -> bool: ...
     def doubt(
         self, key: str, token: str, answer: Answer, *, is_parked: bool
     ) -> bool: ...
@@ -295,7 +297,10 @@ class Processing:
             return attempt()
         except ClaimUncertain as uncertain:
             self._owed.put(uncertain.token, _NOT_SENT)
-            if self._ledger.give_back(key, uncertain.token, _NOT_SENT):
+            # What the resolver gives back must be found again in its next round.
+            if self._ledger.give_back(
+                key, uncertain.token, _NOT_SENT, is_held=self._is_resolver
+            ):
                 self._owed.drop(uncertain.token)
             raise
 
@@ -354,7 +359,9 @@ class Processing:
         if outcome in {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED}:
             is_written = self._ledger.settle(key, token, answer)
         elif outcome in {Outcome.RELEASED, Outcome.REFUSED_US}:
-            is_written = self._ledger.give_back(key, token, answer)
+            is_written = self._ledger.give_back(
+                key, token, answer, is_held=self._is_resolver
+            )
             if claim.is_doubted:
                 outcome = Outcome.IN_DOUBT
         else:
@@ -419,9 +426,13 @@ class Processing:
         a process that sleeps here finds its window over, and must not send.
         """
         kind = self._profile.kind
-        if entry.api_kind not in {None, kind}:
-            # What was sent to one kind of API is not repeated to another.
-            return self._park(entry, "api_kind_changed")
+        if entry.api_kind != kind:
+            # What was sent to one kind of API is not repeated to another; nor is what
+            # an early revision sent, of which nobody knows to which.
+            is_known = entry.api_kind is not None
+            return self._park(
+                entry, "api_kind_changed" if is_known else "api_kind_unknown"
+            )
         is_used = entry.last_class is AnswerClass.SAME_REFERENCE
         if kind is Kind.REPLAY and is_used and self._profile.look_up is not None:
             # The first one got there: asking ends it, and repeating does not.

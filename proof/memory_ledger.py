@@ -203,12 +203,15 @@ class MemoryLedger(Ledger):
             self._record(key, token, answer)
         return True
 
-    def give_back(self, key: str, token: str, answer: Answer) -> bool:
+    def give_back(
+        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+    ) -> bool:
         """As `Ledger.give_back`."""
         row = self._claimed(key, token)
         if row is None:
             return False
-        self._change(row, Status.IN_DOUBT if row.doubts else Status.RELEASED)
+        status = Status.HELD if is_held else Status.RELEASED
+        self._change(row, Status.IN_DOUBT if row.doubts else status)
         row.last_class = answer.classified
         self._record(key, token, answer)
         return True

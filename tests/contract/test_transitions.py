@@ -54,6 +54,9 @@ ACTS: dict[tuple[Status, Status], Act] = {
     (Status.IN_FLIGHT, Status.RELEASED): lambda ledger, _, entry: ledger.give_back(
         KEY, entry.token or "", RETRY
     ),
+    (Status.IN_FLIGHT, Status.HELD): lambda ledger, _, entry: ledger.give_back(
+        KEY, entry.token or "", RETRY, is_held=True
+    ),
     (Status.IN_FLIGHT, Status.IN_DOUBT): doubt(is_parked=False),
     (Status.IN_FLIGHT, Status.PARKED): doubt(is_parked=True),
     **{(Status.IN_DOUBT, to): look_up(answer) for to, answer in ANSWERS.items()},

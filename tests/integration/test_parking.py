@@ -633,3 +633,43 @@ def test_resting_pod_still_answers_repetitions(database: Database) -> None:
     # Whatever comes later, here or at a pod that does not rest, waits behind it.
     other = Pod(database, Kind.NONE)
     assert other.deliver(order("newer", msisdn=C)) is Outcome.WAITING
+
+
+def test_held_order_whose_claim_is_uncertain_is_taken_up_in_the_next_round(
+    database: Database,
+) -> None:
+    """Else it waits for a record that will not come, and its subscriber with it."""
+    pod = Pod(database, Kind.REFUSE)
+    database.pause("*")
+    assert pod.deliver(order("r1", offset=1)) is Outcome.PAUSED
+    database.execute("DELETE FROM pause")
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.ledger.is_claim_answer_lost = True
+    with pytest.raises(LedgerUnavailable):
+        resolver.run_once()
+    assert rpod.api.sent == []
+    assert pod.status(order("r1")) == "held"
+
+    rpod.api.answers = [DONE]
+    resolver.run_once()
+
+    assert pod.status(order("r1")) == "succeeded"
+    assert pod.deliver(order("r2", offset=1, partition=1), DONE) is Outcome.SUCCEEDED
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLAY, Kind.REFUSE, Kind.LOOKUP])
+def test_doubt_of_which_nobody_knows_the_kind_of_api_is_left_to_a_person(
+    database: Database, kind: Kind
+) -> None:
+    """An early revision sent it, and did not note to what."""
+    pod = Pod(database, kind)
+    pod.doubt(order())
+    sent = len(pod.api.sent)
+    database.change("app:r1", api_kind=None)
+    pod.let_time_pass()
+
+    assert pod.deliver(order()) is Outcome.PARKED
+
+    assert (len(pod.api.sent), pod.api.asked) == (sent, [])
+    assert database.row("app:r1")["reason"] == "api_kind_unknown"
+    assert pod.alerts == [("parked", "app:r1")]

@@ -148,9 +148,18 @@ class FailingLedger(Ledger):
         self._break()
         return super().settle(key, token, answer)
 
-    def give_back(self, key: str, token: str, answer: Answer) -> bool:
+    def give_back(
+        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+    ) -> bool:
         self._break()
-        return super().give_back(key, token, answer)
+        return super().give_back(key, token, answer, is_held=is_held)
+
+    def reclaim(self, entry: Entry) -> Claim | None:
+        claim = super().reclaim(entry)
+        if claim is not None and self.is_claim_answer_lost:
+            self.is_claim_answer_lost = False
+            raise ClaimUncertain(claim.token, "OperationalError 2013")
+        return claim
 
     def claim(self, order: TopUp) -> Claim | None:
         claim = super().claim(order)
@@ -817,3 +826,27 @@ def test_answer_is_told_when_the_ledger_fails_in_a_way_nobody_foresaw(
     with pytest.raises(ZeroDivisionError):
         pod.deliver(order(), DONE)
     assert ("answer_owed", "app:r1") in pod.alerts
+
+
+def test_claim_that_lands_late_is_still_known_as_not_sent(database: Database) -> None:
+    """The release by its token found no row: the INSERT was still on its way."""
+    pod = Pod(database, Kind.NONE)
+    landed: list[Claim] = []
+    claim = pod.ledger.claim
+
+    def land_late(topup: TopUp) -> Claim | None:
+        late = Claim("f" * 32, topup.idempotency_key, is_doubted=False)
+        landed.append(late)
+        raise ClaimUncertain(late.token, "OperationalError 2013")
+
+    pod.ledger.claim = land_late  # type: ignore[method-assign,assignment]
+    with pytest.raises(LedgerUnavailable):
+        pod.deliver(order())
+    assert database.rows("topup") == []
+    pod.ledger.claim = claim  # type: ignore[method-assign]
+    assert pod.ledger.claim(order())
+    database.change("app:r1", token=landed[0].token)
+
+    # This pod knows that nothing was sent under that claim, whatever its kind.
+    assert pod.deliver(order()) is Outcome.RELEASED
+    assert pod.deliver(order(), DONE) is Outcome.SUCCEEDED

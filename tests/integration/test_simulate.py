@@ -56,11 +56,13 @@ class ReclaimsBlindly(WatchedLedger):
 class ReleasesDoubted(WatchedLedger):
     """Forgets a doubt when a later attempt was provably not executed."""
 
-    def give_back(self, key: str, token: str, answer: Answer) -> bool:
+    def give_back(
+        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+    ) -> bool:
         row = self._claimed(key, token)
         if row is not None:
             row.doubts = 0
-        return super().give_back(key, token, answer)
+        return super().give_back(key, token, answer, is_held=is_held)
 
 
 class GateForgetsHeld(WatchedLedger):
