@@ -60,6 +60,9 @@ STATUS: Final[dict[Outcome, int]] = {
     Outcome.UNFORESEEN: 503,
 }
 
+#: Their reason is a sentence of our own (errors.py).
+_REFUSED: Final = frozenset({Outcome.MALFORMED, Outcome.INVALID, Outcome.TOO_LARGE})
+
 #: Of an event that is too large so much is kept.
 _KEPT_OF_TOO_LARGE: Final = 16 * 1024
 
@@ -139,7 +142,7 @@ def handle_topup(request: flask.Request) -> flask.Response:
         # Counted and told where it was refused; an outsider learns nothing.
         return flask.Response(status=STATUS[Outcome.NOT_ADMITTED])
     except LedgerUnavailable as error:
-        telemetry.alert("ledger_unavailable", "", str(error))
+        telemetry.alert("ledger_unavailable", "", "", detail=str(error))
         return _respond(Receipt(Outcome.LEDGER_UNAVAILABLE))
     # Whatever we didn't foresee: the record must come again, nothing may leak.
     except Exception as error:  # noqa: BLE001
@@ -174,7 +177,7 @@ def _deliver(request: flask.Request) -> flask.Response:
     try:
         order = read_topup(headers, body, settings.event_type)
     except UnknownEventType as error:
-        telemetry.alert("unknown_event_type", "", str(error))
+        telemetry.alert("unknown_event_type", "", "", detail=str(error))
         return _respond(Receipt(Outcome.UNKNOWN_TYPE))
     except (MalformedEvent, InvalidEvent) as error:
         outcome = (
@@ -197,9 +200,9 @@ def _refuse(
     telemetry.log(
         "delivery",
         outcome=outcome.value,
-        reason=detail,
+        detail=detail,
         repetition=not is_new,
-        event_id=headers.get("Ce-Id", "")[:200],
+        event_id=headers.get("Ce-Id"),
         partition=position.partition if position else None,
         offset=position.offset if position else None,
     )
@@ -207,14 +210,31 @@ def _refuse(
 
 
 def _respond(receipt: Receipt, order: TopUp | None = None) -> flask.Response:
-    """A 2xx carries a CloudEvent; everything else says its outcome and reason."""
+    """A 2xx carries a CloudEvent; everything else its outcome, and perhaps a reason."""
     status = STATUS[receipt.outcome]
     if order is not None and status == STATUS[Outcome.SUCCEEDED]:
         headers, body = reply_to(order, receipt, settings.event_type)
         return flask.Response(body, status, headers)
-    response = flask.jsonify(outcome=receipt.outcome.value, reason=receipt.reason)
+    answer = {"outcome": receipt.outcome.value}
+    if reason := _answered_reason(receipt):
+        answer["reason"] = reason
+    response = flask.jsonify(answer)
     response.status_code = status
     return response
+
+
+def _answered_reason(receipt: Receipt) -> str:
+    """What whoever posts may read, and finds in the dead letter: never others' words.
+
+    Of a refused event the rule that it breaks, of a rejected order the API's code.
+    Everything else is for the log and the ledger; a pause has its author's words.
+    """
+    if receipt.outcome in _REFUSED:
+        return receipt.reason
+    is_code = receipt.outcome is Outcome.REJECTED and telemetry.is_harmless(
+        receipt.reason
+    )
+    return receipt.reason if is_code else ""
 
 
 def _log(order: TopUp, receipt: Receipt) -> None:
@@ -222,10 +242,11 @@ def _log(order: TopUp, receipt: Receipt) -> None:
     telemetry.log(
         "delivery",
         key=order.idempotency_key,
-        event_id=order.event_id[:200],
+        event_id=order.event_id,
         attempt=receipt.attempt,
         outcome=receipt.outcome.value,
-        reason=receipt.reason or None,
+        # A pause's are its author's words: `topup ledger stats` shows them.
+        reason=None if receipt.outcome is Outcome.PAUSED else receipt.reason or None,
         reference=receipt.reference,
         repetition=receipt.is_repetition,
         subscriber=telemetry.mask(order.msisdn),

@@ -125,7 +125,7 @@ class Processing:
         lease_s: float,
         is_resolver: bool = False,
         is_draining: Callable[[], bool] = lambda: False,
-        alert: Callable[[str, str, str], None] = lambda _action, _key, _reason: None,
+        alert: Callable[..., None] = lambda *_, **_fields: None,
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -328,13 +328,14 @@ class Processing:
         while True:
             try:
                 receipt = self._write(order, claim, answer)
-            except LedgerUnavailable as error:
+            except LedgerUnavailable:
                 if self._monotonic() + _SETTLE_PAUSE_S >= give_up_at:
                     # The log is the second memory, should this process die, too.
                     self._alert(
                         "answer_owed",
                         order.idempotency_key,
-                        f"{answer.classified}:{answer.reference}:{error}",
+                        answer.classified.value,
+                        reference=answer.reference,
                     )
                     raise
                 self._sleep(_SETTLE_PAUSE_S)

@@ -96,7 +96,7 @@ class Resolver:
         watch_s: float,
         accepted_max_s: float,
         is_stopping: Callable[[], bool] = lambda: False,
-        alert: Callable[[str, str, str], None] = telemetry.alert,
+        alert: Callable[..., None] = telemetry.alert,
     ) -> None:
         self._ledger = ledger
         self._processing = processing
@@ -122,7 +122,7 @@ class Resolver:
             try:
                 counts = self.run_once()
             except LedgerUnavailable as error:
-                self._alert("ledger_unavailable", "", str(error))
+                self._alert("ledger_unavailable", "", "", detail=str(error))
             if counts:
                 telemetry.log("resolver_round", **dict(counts))
             # What was settled has made way for others: go on at once.

@@ -19,6 +19,11 @@ from hypothesis import strategies as st
 MARK: Final = "Zq7731xW"
 #: Every number begins so, and six digits follow.
 NUMBER_PREFIX: Final = "+41790"
+#: Whoever posts may name an event so; it stands in every one.
+_SECRET: Final = f"{MARK} {NUMBER_PREFIX}000000"
+#: Its pause has these words, which are for nobody who posts.
+PAUSED_CHANNEL: Final = "paused-kiosk"
+PAUSE_REASON: Final = f"{MARK} ask {NUMBER_PREFIX}000000"
 #: The orders for which proof/planted_error.py makes the function fail, and how.
 PLANTED_PREFIX: Final = "planted-"
 PLANTED_ERROR: Final = "PlantedError"
@@ -150,7 +155,7 @@ def _plain_headers() -> Headers:
     offset = next(_numbers)
     fields = {
         "ce-specversion": "1.0",
-        "ce-id": f"partition:0/offset:{offset}",
+        "ce-id": f"partition:0/offset:{offset} {_SECRET}",
         "ce-source": _SOURCE,
         "ce-type": "dev.knative.kafka.event",
         "ce-subject": f"partition:0#{offset}",
@@ -183,7 +188,7 @@ def _event(data: object = None, **changes: object) -> dict[str, Any]:
     """An event in structured mode."""
     document = {
         "specversion": "1.0",
-        "id": f"e-{next(_numbers)}",
+        "id": f"e-{next(_numbers)} {_SECRET}",
         "source": "/shop",
         "type": EVENT_TYPE,
         "data": new_order() if data is None else data,
@@ -306,8 +311,8 @@ _NUMBERS_AS_TEXT: Final = (
 
 
 def _told(name: str, value: object) -> object:
-    """The value, unless the log may tell it: keys and ids are no secret."""
-    may_be_told = name in {"rechargeId", "channel", "id"}
+    """The value, unless the log may tell it: a key is no secret, nor a short id."""
+    may_be_told = name in {"rechargeId", "channel"} or value == MARK
     return "odd" if may_be_told and MARK in str(value) else value
 
 
@@ -693,6 +698,12 @@ def _rests(draw: st.DrawFn) -> tuple[Request, Request]:
 # ---- a connection --------------------------------------------------------------------
 
 
+def _paused_order() -> Request:
+    """An order of a channel that a person has paused."""
+    order = new_order() | {"channel": PAUSED_CHANNEL}
+    return replace(delivery_of(order, "paused order"), order=None)
+
+
 @st.composite
 def _repetitions(draw: st.DrawFn) -> tuple[Request, ...]:
     """An order, and the same again, or another under its key."""
@@ -722,6 +733,7 @@ _PARTS: Final = (
     + [_repetitions()] * 3
     + [_rests()] * 2
     + [_alone(st.builds(_planted_error))]
+    + [_alone(st.builds(_paused_order))]
     + [_alone(_endless_announcements())]
     + [_alone(_stalls())]
     + [_alone(_pauses())]

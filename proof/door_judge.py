@@ -15,6 +15,7 @@ from proof.bent_requests import (
     EVENT_BYTES_MAX,
     MARK,
     NUMBER_PREFIX,
+    PAUSED_CHANNEL,
     PLANTED_ERROR,
     Request,
 )
@@ -33,9 +34,12 @@ STATUS_OF: Final = {
     "waiting": 409,
     "parked": 424,
     "held": 424,
+    "paused": 503,
 }
 #: What the source is asked for again although the parts beside the function are well.
-_ASKS_AGAIN: Final = frozenset({"unknown_type", "in_flight", "waiting"})
+_ASKS_AGAIN: Final = frozenset({"unknown_type", "in_flight", "waiting", "paused"})
+#: Whose answer says why, in words of the function's own.
+_SAYS_WHY: Final = frozenset({"malformed", "invalid", "too_large"})
 _QUARANTINED: Final = frozenset({"malformed", "invalid", "too_large", "key_reused"})
 #: Of an event that is too large so much is kept.
 _KEPT_BYTES: Final = 16 * 1024
@@ -56,6 +60,15 @@ _LEAKS: Final = (
     (b"<html", "a page"),
     (b"<!doctype", "a page"),
 )
+#: Fields of a log line with the function's own words, or the key, which is told on
+#: purpose. All other text is somebody else's, and stands there in one of two forms.
+_OWN_FIELDS: Final = frozenset(
+    {"at", "level", "action", "key", "attempt", "outcome", "subscriber", "detail"}
+    | {"error", "place", "path"}
+)
+_HASH: Final = re.compile(r"sha256:[0-9a-f]{16}")
+_HARMLESS: Final = re.compile(r"[A-Za-z0-9._:/#-]{0,64}")
+_DIGITS_MAX: Final = 6
 _BAD_LINES: Final = ("[ERROR]", "[CRITICAL]", "Error handling request", "Traceback")
 
 #: So much more memory than after the first requests is no leak: pools and caches fill.
@@ -148,6 +161,7 @@ def judge_log(line: str, *, planted: int) -> int:
 
     """
     require_no_leak(line.encode(), "the log")
+    _require_harmless(line)
     if any(bad in line for bad in _BAD_LINES):
         raise Found(f"the server tells of an error: {line}")
     if '"unforeseen"' not in line:
@@ -170,6 +184,21 @@ def require_no_leak(data: bytes, where: str) -> None:
             raise Found(f"{name} is in {where}")
     if _NUMBER.search(data):
         raise Found(f"a whole number is in {where}")
+
+
+def _require_harmless(line: str) -> None:
+    """See that foreign text in a log line can be no number and no sentence."""
+    try:
+        document = json.loads(line)
+    except ValueError:
+        # The server's own, not the function's.
+        return
+    for name, value in document.items():
+        if name in _OWN_FIELDS or not isinstance(value, str) or _HASH.fullmatch(value):
+            continue
+        digits = sum(each.isdigit() for each in value)
+        if digits > _DIGITS_MAX or not _HARMLESS.fullmatch(value):
+            raise Found(f"foreign text is in the log, as `{name}`")
 
 
 @dataclass(frozen=True)
@@ -232,7 +261,7 @@ def _is_empty_refusal(answer: Answer) -> bool:
 
 def _judge_refusal(request: Request, answer: Answer, view: View) -> None:
     """An outcome with its status; a final one only for what is recorded."""
-    outcome = str(_json(answer).get("outcome"))
+    outcome = _outcome(request, answer)
     if STATUS_OF.get(outcome) != answer.status:
         raise Found(f"{answer.status} for `{outcome}` is not documented")
     if is_retryable(answer.status):
@@ -250,6 +279,17 @@ def _judge_refusal(request: Request, answer: Answer, view: View) -> None:
             raise Found(f"{answer.status}, and quarantine doesn't have its bytes")
     elif view.status_of(_key_in(request.body)) != outcome:
         raise Found(f"{answer.status}, and the ledger doesn't say `{outcome}`")
+
+
+def _outcome(request: Request, answer: Answer) -> str:
+    """The one word that an answer says, and never why in anybody else's words."""
+    document = _json(answer)
+    outcome = str(document.get("outcome"))
+    if set(document) - {"outcome"} - ({"reason"} if outcome in _SAYS_WHY else set()):
+        raise Found(f"`{outcome}` is answered with more than its name")
+    if (outcome == "paused") != (PAUSED_CHANNEL.encode() in (request.body or b"")):
+        raise Found(f"`{outcome}`, although every part is well")
+    return outcome
 
 
 def _key_in(body: bytes) -> str:

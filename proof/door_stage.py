@@ -18,7 +18,9 @@ from demo.server_process import LOOPBACK, PROJECT
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate
+from function.operations import Operations
 from function.rules import rules_of
+from proof.bent_requests import PAUSE_REASON, PAUSED_CHANNEL
 from proof.examination import Evidence, Examination
 
 Ledger = Literal["sqlite", "mariadb"]
@@ -114,6 +116,7 @@ def staged(directory: Path, ledger: Ledger, source: Path = SOURCE) -> Iterator[S
         engine = make_engine(settings)
         stack.callback(engine.dispose)
         migrate(engine, rules_of(settings))
+        Operations(engine).pause(PAUSED_CHANNEL, PAUSE_REASON)
         api.start("lookup")
         function = stack.enter_context(GunicornPart(log, source))
         function.start(env)

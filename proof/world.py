@@ -728,7 +728,7 @@ class World:
         until = self.scheduler.now + round(seconds * MICROS)
         self.scheduler.pause("sleeps", until)
 
-    def alert(self, action: str, key: str, reason: str) -> None:
+    def alert(self, action: str, key: str, reason: str, **_: object) -> None:
         """What a person is told."""
         self.counts[f"alert {action}"] += 1
         self.judge.told(key)

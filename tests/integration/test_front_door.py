@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, cast
 
@@ -580,8 +582,9 @@ def test_paused_function_records_and_answers_with_503(system: System) -> None:
     try:
         reply = system.post(order)
         assert (reply.status, reply.outcome) == (503, "paused")
-        assert json.loads(reply.body)["reason"] == "op: test"
-        assert '"op: test"' in system.function.log()
+        # Who paused, and in what words, is not for everybody who posts.
+        assert json.loads(reply.body) == {"outcome": "paused"}
+        assert "op: test" not in system.function.log()
         assert system.status_of(order) == "held"
         assert system.post(new_order()).status == 200
     finally:
@@ -669,6 +672,91 @@ def test_what_nobody_foresaw_is_answered_with_an_empty_503(
             if "unforeseen" in line
         ]
         assert line["error"] == "KeyError"
+
+
+# ---- the text of others -------------------------------------------------------------
+
+
+def told_of(system: System, order: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = map(json.loads, system.function.log().splitlines())
+    return [line for line in lines if line.get("key") == key_of(order)]
+
+
+@pytest.mark.parametrize(
+    ("event_id", "is_shown"),
+    [
+        ("partition:0/offset:12", True),
+        ("order-77", True),
+        ("41791234567", False),
+        ("+41-79-123-45-67", False),
+        ("a 41.79.123.45.67 b", False),
+        ("ignore all rules and call again", False),
+        ("x" * 65, False),
+        ("caf\xe9", False),
+    ],
+)
+def test_event_id_is_logged_only_where_it_can_be_no_number_and_no_sentence(
+    gunicorn: System, event_id: str, *, is_shown: bool
+) -> None:
+    order = new_order()
+
+    assert gunicorn.post(order, ce_id=event_id).status == 200
+    assert gunicorn.post(b"{", ce_id=event_id).status == 400
+
+    (line,) = told_of(gunicorn, order)
+    hashed = f"sha256:{sha256(event_id.encode()).hexdigest()[:16]}"
+    assert line["event_id"] == (event_id if is_shown else hashed)
+    assert is_shown or event_id not in gunicorn.function.log()
+
+
+def test_code_of_the_api_is_logged_and_answered_only_where_it_is_one(
+    gunicorn: System,
+) -> None:
+    order = new_order()
+    gunicorn.fault(order, Fault.REJECT, code="blocked.41791234567")
+
+    reply = gunicorn.post(order)
+
+    assert reply.status == 422
+    assert json.loads(reply.body) == {"outcome": "rejected"}
+    (line,) = told_of(gunicorn, order)
+    assert line["reason"].startswith("sha256:")
+    assert "41791234567" not in gunicorn.function.log()
+
+
+class _TellsNumbers(BaseHTTPRequestHandler):
+    """A recharge API whose reference is a number of somebody."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        body = b'{"status":"succeeded","reference":"41791234567 please call"}'
+        self.send_response(201)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_reference_of_the_api_is_logged_only_as_its_hash(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    migrate_ledger(url)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _TellsNumbers) as api:
+        threading.Thread(target=api.serve_forever, daemon=True).start()
+        env = function_env(url, f"http://127.0.0.1:{api.server_port}")
+        with FunctionProcess(tmp_path, env=env) as function:
+            system = System("gunicorn", function, cast("Any", None), tmp_path / "x")
+            order = new_order()
+            reply = system.post(order)
+            (line,) = told_of(system, order)
+        api.shutdown()
+
+    assert reply.reference == "41791234567 please call"
+    assert line["reference"].startswith("sha256:")
+    assert "41791234567" not in function.log()
 
 
 # ---- sizes --------------------------------------------------------------------------

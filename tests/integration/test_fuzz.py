@@ -101,13 +101,15 @@ def test_documented_answers_are_well() -> None:
         (BAD, answer(400, MALFORMED | {"x": "%2b41790123456"}), Shown(), "number"),
         (BAD, answer(400, MALFORMED, **{"kne-x": "1"}), Shown(), "Knative"),
         (BAD, answer(200), Shown(), "not documented"),
+        (BAD, answer(503, {"outcome": "paused"}), Shown(), "every part is well"),
+        (BAD, answer(409, {"outcome": "held", "reason": "x"}), Shown(), "more than"),
         (BAD, answer(200, {}), Shown(), "completion event"),
         (CUT, answer(400, MALFORMED), Shown(), "nobody knows"),
         (CUT, completion(new_order()), Shown(), "nobody knows"),
         (Request("put", (b"x",), b"PUT"), answer(405), Shown(), "answered 405"),
         (Request("put", (b"x",), b"PUT"), answer(200), Shown(), "answered 200"),
     ],
-    ids=range(20),
+    ids=range(22),
 )
 def test_broken_rule_is_found(
     request_: Request, given: Answer, shown: Shown, told: str
@@ -149,6 +151,9 @@ def test_silence_at_a_readable_request_is_found() -> None:
         '{"action": "unforeseen", "error": "OverflowError"}',
         f'{{"note": "{MARK}"}}',
         f'{{"subscriber": "{NUMBER_PREFIX}123456"}}',
+        '{"event_id": "41 79 123 45 67"}',
+        '{"reason": "call again"}',
+        '{"of_tomorrow": "1234567"}',
         "[2026-11-23 12:00:00 +0000] [7] [ERROR] Socket error processing request.",
         "Traceback (most recent call last):",
     ],
@@ -194,6 +199,8 @@ WRONG: Final = {
         'Receipt(Outcome.SUCCEEDED, reference="r")',
     ),
     "tells the log": ("key=order.idempotency_key", "key=order.msisdn"),
+    "tells the log an id": ("event_id=order.event_id", "detail=order.event_id"),
+    "answers a pause": ("if receipt.outcome in _REFUSED:", "if receipt.reason:"),
 }
 
 

@@ -40,7 +40,7 @@ def resolver_of(database: Database, kind: Kind, **more: object) -> tuple[Resolve
         again_s=0,
         watch_s=3600,
         accepted_max_s=600,
-        alert=lambda action, key, _reason: pod.alerts.append((action, key)),
+        alert=lambda action, key, *_, **_fields: pod.alerts.append((action, key)),
     )
     return resolver, pod
 

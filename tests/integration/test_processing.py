@@ -93,7 +93,7 @@ class Pod:
             lease_s=30,
             is_resolver=is_resolver,
             is_draining=lambda: self.is_draining,
-            alert=lambda action, key, _reason: self.alerts.append((action, key)),
+            alert=lambda action, key, *_, **_fields: self.alerts.append((action, key)),
             monotonic=lambda: self.now,
             sleep=self._sleep,
         )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,10 +53,10 @@ def test_no_field_breaks_the_line(
     capsys: pytest.CaptureFixture[str], hostile: str
 ) -> None:
     telemetry.configure("INFO")
-    telemetry.log("delivery", event_id=hostile, odd=object())
+    telemetry.log("delivery", detail=hostile, odd=object())
 
     (line,) = lines(capsys)
-    assert line["event_id"] == hostile
+    assert line["detail"] == hostile
 
 
 def test_line_is_written_once_however_often_it_is_configured(
@@ -117,6 +118,44 @@ def test_error_that_was_never_raised_has_no_place(
 
     (line,) = lines(capsys)
     assert (line["error"], line["place"]) == ("KeyError", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "blocked", "http_503", "R-77", "partition:3/offset:1042", "a.b#c", "12/34-56"],
+)
+def test_foreign_text_that_can_be_nobodys_is_told_as_it_is(text: str) -> None:
+    assert telemetry.foreign(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1234567", "R-20261126-1", "41:79:123:45:67", "a b", "x" * 65, "caf\xe9",
+        "\u0664\u0661", "a\nb", "+41", "\ud800", "{}", "<b>", "sha256:\u202e",
+    ],
+)  # fmt: skip
+def test_other_foreign_text_is_told_as_its_hash_in_every_field(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    telemetry.configure("INFO")
+    telemetry.log("delivery", event_id=text, of_tomorrow=text)
+    telemetry.alert("parked", "app:1", text, reference=text)
+    telemetry.error("unforeseen", KeyError(text), reference=text)
+
+    for line in lines(capsys):
+        told = [line[n] for n in ("event_id", "reference", "reason") if n in line]
+        assert told
+        assert all(re.fullmatch("sha256:[0-9a-f]{16}", each) for each in told)
+        assert text not in map(str, line.values())
+
+
+@given(text=st.text(max_size=80))
+def test_foreign_text_is_never_a_number_or_a_sentence(text: str) -> None:
+    shown = telemetry.foreign(text)
+
+    assert " " not in shown
+    assert shown.startswith("sha256:") or sum(map(str.isdigit, shown)) <= 6
 
 
 def test_number_is_masked_but_for_its_ends() -> None:
