@@ -76,7 +76,8 @@ class _Commands(click.Group):
             hint = _HINTS.get(number, "the ledger can't be used now")
             click.echo(f"topup: {hint} ({error})", err=True)
         except TopupError as error:
-            click.echo(f"topup: {error}", err=True)
+            lines = map(_printable, str(error).split("\n"))
+            click.echo("\n".join(["topup: " + next(lines), *lines]), err=True)
         sys.exit(1)
 
 
@@ -610,8 +611,8 @@ def reconcile(
             if as_json:
                 _print_json(asdict(difference), indent=None)
                 continue
-            click.echo(f"{difference.kind}  {difference.key}")
-            click.echo(f"  there: {difference.there}")
+            click.echo(f"{difference.kind}  {_printable(difference.key)}")
+            click.echo(f"  there: {_printable(difference.there)}")
             click.echo(f"  here:  {difference.here}")
             if difference.todo:
                 click.echo(f"  run:   {difference.todo}")
@@ -751,7 +752,7 @@ def _token_of(path: Path) -> str:
 
 
 def _tell(letter: Letter, status: int, outcome: str) -> None:
-    click.echo(f"{letter.origin}: {status or '-'} {outcome}")
+    click.echo(f"{letter.origin}: {status or '-'} {_printable(outcome)}")
 
 
 # -- Parts --------------------------------------------------------------------------
@@ -813,7 +814,11 @@ def _cell(value: object) -> str:
     if isinstance(value, Enum):
         value = value.value
     text = "" if value is None else str(value)
-    # Foreign words must not move a person's cursor.
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """Foreign words must not move a person's cursor, nor be no text at all."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 

@@ -319,6 +319,8 @@ class Operations:
 
         """
         earlier = topup.alias("earlier")
+        if not key.isascii():
+            raise OperationRefused(_not_found(key))
         with connected(self._engine) as connection:
             row = _one(connection, key)
             attempts = _rows(connection, attempt, AttemptRow, key)
@@ -339,7 +341,7 @@ class Operations:
             ).mappings()
             line = [_order(each) for each in before]
         if row is None and not quarantined:
-            raise OperationRefused(f"{key}: no such order in the ledger")
+            raise OperationRefused(_not_found(key))
         order = None if row is None else _order(row)
         return Story(order, attempts, decisions, quarantined, line)
 
@@ -432,7 +434,7 @@ class Operations:
             row = _one(connection, key)
             rules = read_rules(connection)
         if row is None:
-            raise OperationRefused(f"{key}: no such order in the ledger")
+            raise OperationRefused(_not_found(key))
         path = _path(row, verdict, rules.settle_s, attempt_token)
         limit = rules.second_person_above_minor
         needs_two = row["amount_minor"] > limit
@@ -565,6 +567,7 @@ class Operations:
             return None
         moment, _, key = after.partition("/")
         try:
+            key.encode("ascii")
             at = datetime.fromisoformat(moment)
             return moment_text(at, is_sqlite=self._is_sqlite), key
         except ValueError:
@@ -586,7 +589,14 @@ def _order(row: RowMapping) -> OrderRow:
     return OrderRow(**values, age_s=float(row["age_s"]))
 
 
+def _not_found(key: str) -> str:
+    return f"{key}: no such order in the ledger"
+
+
 def _one(connection: Connection, key: str) -> RowMapping | None:
+    # Keys are percent-encoded; MariaDB would not even compare another with them.
+    if not key.isascii():
+        return None
     query = select(
         *(topup.c[name] for name in _ORDER_COLUMNS),
         AgeS(topup.c.updated_at).label("age_s"),

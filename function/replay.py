@@ -29,6 +29,11 @@ from function.schema import quarantine
 _FAILURE: Final = "knativeerror"
 #: What a header may hold as it is (CloudEvents HTTP binding 3.1.3.2).
 _PLAIN: Final = re.compile(r"[!#$&-~]")
+#: What can stand on the wire as a header's value, one byte a character, and is read
+#: there as it was written: no control character, no blank at an end.
+_HEADER_VALUE: Final = re.compile(
+    r"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?"
+)
 _SERVER_ERROR: Final = 500
 _HEADER_NAME: Final = re.compile(r"[a-z0-9-]+")
 
@@ -90,6 +95,9 @@ def from_quarantine(
 
     """
     columns = quarantine.c
+    if selection.key is not None and not selection.key.isascii():
+        # No key is: MariaDB would not even compare it.
+        return
     wanted = {
         columns.idempotency_key: selection.key,
         columns.outcome: selection.outcome,
@@ -278,7 +286,8 @@ def _post(
         response = session.post(
             url,
             data=letter.body,
-            headers=letter.headers,
+            # As bytes: of text, requests would take more for blanks than HTTP does.
+            headers={n: v.encode("latin-1") for n, v in letter.headers.items()},
             timeout=timeout_s,
             allow_redirects=False,
         )
@@ -314,17 +323,25 @@ def _headers_of_row(row: Any, event_type: str) -> dict[str, str]:
 
 
 def _headers(attributes: dict[str, str]) -> dict[str, str]:
-    """Attributes as headers of the binary mode, without Knative's about the failure."""
+    """Attributes as headers of the binary mode, without Knative's about the failure.
+
+    What came as a header goes as it came. What can't be one, of an event in structured
+    mode, is percent-encoded, as the HTTP binding (3.1.3.2) says.
+    """
     headers = {
-        f"ce-{name}": value
+        f"ce-{name}": _header_value(value)
         for name, value in attributes.items()
         if name != "datacontenttype"
         and not name.startswith(_FAILURE)
         and _HEADER_NAME.fullmatch(name)
     }
     if "datacontenttype" in attributes:
-        headers["Content-Type"] = attributes["datacontenttype"]
+        headers["Content-Type"] = _header_value(attributes["datacontenttype"])
     return headers
+
+
+def _header_value(text: str) -> str:
+    return text if _HEADER_VALUE.fullmatch(text) else _encoded(text)
 
 
 def _read(line: bytes, number: int) -> tuple[dict[str, str], bytes]:
@@ -394,7 +411,7 @@ def _encoded(text: str) -> str:
     return "".join(
         each
         if _PLAIN.fullmatch(each)
-        else "".join(f"%{byte:02X}" for byte in each.encode("utf-8"))
+        else "".join(f"%{byte:02X}" for byte in each.encode("utf-8", "replace"))
         for each in text
     )
 

@@ -161,6 +161,10 @@ def test_refusal_is_one_line_and_a_status(topup: Run) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == "topup: app:nobody: no such order in the ledger\n"
+    # Nor may it move a person's cursor.
+    result = topup("ledger", "show", "app:\udcff\x1b[2J")
+    assert result.exit_code == 1
+    assert result.stderr == "topup: app:??[2J: no such order in the ledger\n"
 
 
 def test_stats_show_who_is_held_and_what_is_paused(

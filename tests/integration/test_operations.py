@@ -29,6 +29,7 @@ from function.model import (
     Status,
 )
 from function.operations import EVERYTHING, Filters, Operations, Verdict
+from function.replay import Report, Selection, from_quarantine
 from function.retention import Horizon, Retention
 from function.rules import Rules
 from tests.conftest import Database, settings_of
@@ -260,6 +261,21 @@ def test_one_order_is_shown_with_its_evidence_and_what_stands_before_it(
     assert [row.words for row in story.attempts] == ["words"]
     assert [row.outcome for row in story.quarantined] == ["invalid"]
     assert (story.before, story.decisions) == ([], [])
+
+
+@pytest.mark.parametrize("key", ["app:caf\xe9", "\u4e2d", "app:\udcff", "a" * 999, ""])
+def test_key_that_can_be_none_is_simply_not_found(
+    operations: Operations, empty: Database, key: str
+) -> None:
+    """MariaDB compares no such text with a key, and says that the query is wrong."""
+    with pytest.raises(OperationRefused, match="no such order"):
+        operations.show(key)
+    with pytest.raises(OperationRefused, match="no such order"):
+        operations.decide(key, Verdict.ABANDON, reason="why")
+    with pytest.raises(OperationRefused, match="--after"):
+        operations.list_orders(Filters(after=f"2026-01-01/{key}\xe9"))
+    letters = from_quarantine(empty.engine, Selection(key=key), "type", Report())
+    assert list(letters) == []
 
 
 def test_unknown_key_is_refused(operations: Operations) -> None:

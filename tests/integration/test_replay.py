@@ -32,7 +32,7 @@ from function.replay import (
 from tests.conftest import Database
 from tests.integration.test_operations import put_in_quarantine
 from tests.orders import data, headers
-from tests.processes import FunctionProcess, free_port, function_env
+from tests.processes import ROOT, FunctionProcess, free_port, function_env
 
 EVENT_TYPE = "com.example.topup.requested.v1"
 
@@ -89,6 +89,86 @@ def door() -> Iterator[ScriptedDoor]:
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("value", "as_header"),
+    [
+        ("plain", "plain"),
+        ("a b", "a b"),
+        ("a%20b", "a%20b"),
+        ("caf\xe9 \xff\x85", "caf\xe9 \xff\x85"),
+        ("\xa0x\xa0", "\xa0x\xa0"),
+        ("a\tb", "a\tb"),
+        ("", ""),
+        ("\u4e2d %", "%E4%B8%AD%20%25"),
+        ("a\nb: c", "a%0Ab:%20c"),
+        (" x ", "%20x%20"),
+        ("\0", "%00"),
+        ("\ud800", "%3F"),
+    ],
+)
+def test_attribute_goes_as_it_came_or_encoded_where_it_can_be_no_header(
+    door: ScriptedDoor, tmp_path: Path, value: str, as_header: str
+) -> None:
+    path = tmp_path / "letters.jsonl"
+    attributes = {"id": value, "source": "/s", "type": EVENT_TYPE}
+    attributes["datacontenttype"] = value
+    written = {"attributes": attributes, "data_base64": ""}
+    path.write_text(f"{json.dumps(written)}\n{letter(0)}\n")
+    report = Report()
+
+    post(from_file(path), door.url, report)
+
+    assert (report.failed, report.stopped_at) == (0, "")
+    told = door.seen[-1][0]
+    assert (told["ce-id"], told["content-type"]) == (as_header, as_header)
+
+
+@pytest.mark.slow
+def test_reused_keys_of_events_with_any_id_are_replayed_to_the_last(
+    mariadb_database: Database, tmp_path: Path
+) -> None:
+    """By the real command: one of them stopped it there, another one killed it."""
+    with SandboxRechargeApi(kind=Kind.LOOKUP, book=tmp_path / "book.jsonl") as api:
+        env = function_env(mariadb_database.env["LEDGER_DATABASE_URL"], api.url) | {
+            **mariadb_database.env
+        }
+        with FunctionProcess(tmp_path, env=env) as function:
+            for amount, event_id in enumerate(
+                ["1", "a\nb", "\u4e2d", " x ", "caf\xe9"]
+            ):
+                event = {
+                    "specversion": "1.0",
+                    "id": event_id,
+                    "source": f"/s/{event_id}",
+                    "type": EVENT_TYPE,
+                    "data": data("r1", amount_minor=1000 + amount),
+                }
+                answer = requests.post(
+                    function.url,
+                    data=json.dumps(event),
+                    headers={"Content-Type": "application/cloudevents+json"},
+                    timeout=30,
+                )
+                assert answer.status_code == (422 if amount else 200)
+            command = ["replay", "--quarantine", "--to", function.url, "--yes"]
+            program = "from function.cli import main; main()"
+            done = subprocess.run(
+                # Of this very tree, wherever `topup` is installed from.
+                [sys.executable, "-c", program, *command],
+                env=os.environ | env,
+                cwd=ROOT,
+                timeout=60,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("422 key_reused") == 4
+    # What comes again as it came adds nothing.
+    assert len(mariadb_database.rows("quarantine")) == 4
 
 
 def letter(
