@@ -189,7 +189,7 @@ BROKEN: Final = {
 }
 #: Breakage -> the kind of API, the run at which it was found when this was written,
 #: and of what sort the find was.
-FOUND: Final = {
+FOUND: Final[dict[str, tuple[str, int, str | tuple[str, ...]]]] = {
     "no fence": ("none", 810, "double"),
     "blind reclaim": ("none", 3873, "double"),
     "released although doubted": ("replay", 597, "double"),
@@ -201,7 +201,7 @@ FOUND: Final = {
     "retry past the window": ("replay", 88, "double"),
     "absent at once": ("lookup", 48, "out of order"),
     "500 taken for not executed": ("replay", 4, "stuck"),
-    "uncertain claim sent": ("replay", 23, "unrecorded"),
+    "uncertain claim sent": ("replay", 23, ("unrecorded", "double")),
     "slept past the window": ("replay", 794, "double"),
 }
 
