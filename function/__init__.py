@@ -11,7 +11,9 @@ Read in this order, which is the order of one event, then of what surrounds it:
     placement.py      did the record come where its subscriber's records must come
     processing.py     claim, recharge, settle; doubt
     ledger.py         the statements; schema.py the tables; database.py connections
-    recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials
+    recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials;
+                      http_exchange.py one request under a deadline, http_answer.py
+                      where an answer begins and ends; retry_after.py
     model.py          statuses, transitions, outcomes; errors.py the error tree
     resolver.py       what the source will not bring again: doubt settled, line drained
     operations.py     what people do: look, decide, pause; grants.py their rights,
@@ -30,7 +32,9 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 #: Who may import whom: a module imports only modules of the rows above its own.
 LAYERS = (
     ("errors", "model", "durations", "doctor.diagnosis", "doctor.documents"),
-    ("config", "telemetry", "placement", "door", "heads", "plan", "doctor.cluster"),
+    ("http_answer", "retry_after"),
+    ("http_exchange",),
+    ("config", "telemetry", "placement", "heads", "door", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),
     ("rules",),
     ("migrate", "ledger", "recharge_api", "processing", "event_tokens"),

@@ -162,6 +162,8 @@ class Answer:
     reason: str = ""
     #: The API's own words, bounded; kept in the ledger, never logged or answered.
     words: str = ""
+    #: The wait that the API names (`Retry-After`), in seconds; 0 if it names none.
+    retry_after_s: float = 0.0
 
 
 @unique

@@ -1,37 +1,27 @@
 """REST client of the recharge API: one call, one hard deadline, one Answer.
 
-Owns the connections and the translation of every `requests` error; must never
-repeat a call, follow a redirect, or decide what an answer means (the profile does).
-
-"Not sent" is proven by our own connection's flag, never by an exception's name:
-`requests.ConnectionError` is both "refused" and "read, then closed".
+Translates whatever the libraries raise; what an answer means, the profile says, and how
+it is fetched, http_exchange.py.
 """
 
-import contextlib
 import json
-import math
-import os
-import socket
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from http import client as http_client
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Final
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 
-from function.api_auth import Authenticator, NotAuthenticated
+from function.api_auth import AuthenticationSlow, Authenticator, NotAuthenticated
 from function.api_profile import ApiProfile, RequestTemplate, render, template_values
 from function.config import Settings
+from function.http_answer import UncertainAnswer
+from function.http_exchange import Call, Reply, Transport
 from function.model import Answer, AnswerClass, Finding, LookUp, TopUp
-
-#: A longer answer is not read on, and so not understood.
-ANSWER_BYTES_MAX: Final = 64 * 1024
+from function.retry_after import wait_s
 
 #: Every error of requests and what it is called in the ledger and the logs. Whether
 #: anything was sent, and so what the answer means, the connection's flag says.
@@ -60,6 +50,7 @@ REASON_OF_ERROR: Final[tuple[tuple[type[Exception], str], ...]] = (
     (requests.exceptions.HTTPError, "http_error"),
     (requests.exceptions.RequestException, "request_error"),
     (HTTPError, "connection_error"),
+    (UncertainAnswer, "answer_uncertain"),
     (http_client.HTTPException, "connection_error"),
     (OSError, "connection_error"),
     # Keys and tokens are ASCII; anything else can't become a header.
@@ -90,20 +81,16 @@ class RechargeApi:
         self._authenticate = authenticate
         self._monotonic = monotonic
         self._timeout_s = settings.recharge_api_timeout_s
-        self._reaper = _Reaper()
-        self._session = requests.Session()
-        # No proxy, no .netrc: nothing but the settings decides where money goes.
-        self._session.trust_env = False
-        # Nor does one order's answer decide how the next is sent.
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         ca_file = settings.recharge_api_tls_ca_file
-        self._session.verify = str(ca_file) if ca_file else True
-        adapter = _Adapter(settings.server_threads, settings.recharge_api_idle_s)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
+        self._transport = Transport(
+            connections_max=settings.server_threads,
+            idle_s=settings.recharge_api_idle_s,
+            timeout_s=settings.recharge_api_timeout_s,
+            verify=str(ca_file) if ca_file else True,
+        )
 
     def recharge(self, order: TopUp, rendered_key: str, deadline: float) -> Answer:
-        """Send the order once and say how it ended; raises nothing foreseen.
+        """Send the order once and say how it ended; raises nothing.
 
         Args:
             order: what to recharge.
@@ -115,77 +102,79 @@ class RechargeApi:
         with `is_sent=False` only when no byte of the request left.
 
         """
-        call = _Call(deadline, self._monotonic)
+        call = Call(deadline, self._monotonic)
         values = template_values(order, rendered_key)
         try:
-            status, document = self._exchange(self._profile.request, values, call)
+            reply = self._exchange(self._profile.request, values, call)
+            answer = self._profile.classify(reply.status, _json(reply.body))
         except NotAuthenticated as error:
-            return Answer(AnswerClass.OURS, is_sent=False, reason=error.reason)
-        except _FORESEEN as error:
+            is_slow = isinstance(error, AuthenticationSlow)
+            classified = AnswerClass.RETRY if is_slow else AnswerClass.OURS
+            return Answer(classified, is_sent=False, reason=error.reason)
+        # What an answer may make a library raise has no end; whether anything was
+        # sent, and so whether it may be sent again, the connection's flag says.
+        except Exception as error:  # noqa: BLE001
             return _answer_of_error(error, call)
-        if status == http_client.UNAUTHORIZED:
-            self._authenticate.forget()
-        return self._profile.classify(status, document)
+        wait = wait_s(reply.headers.get("Retry-After"), datetime.now(UTC))
+        return replace(answer, retry_after_s=wait)
 
     def look_up(self, rendered_key: str) -> LookUp:
         """Ask what became of our key; whatever fails is an unknown finding."""
         rules = self._profile.look_up
         if rules is None:
             return LookUp(Finding.UNKNOWN, reason="no_look_up")
-        call = _Call(self._monotonic() + self._timeout_s, self._monotonic)
+        call = Call(self._monotonic() + self._timeout_s, self._monotonic)
         values = template_values(None, rendered_key)
         try:
-            status, document = self._exchange(rules.request, values, call)
+            reply = self._exchange(rules.request, values, call)
+            document = _json(reply.body)
+            return self._profile.read_look_up(reply.status, document, rendered_key)
         except NotAuthenticated as error:
             return LookUp(Finding.UNKNOWN, reason=error.reason)
-        except _FORESEEN as error:
+        except Exception as error:  # noqa: BLE001 # As in `recharge`.
             return LookUp(Finding.UNKNOWN, reason=_answer_of_error(error, call).reason)
-        if status == http_client.UNAUTHORIZED:
-            self._authenticate.forget()
-        return self._profile.read_look_up(status, document, rendered_key)
+
+    def check_credentials(self) -> None:
+        """Get credentials, and send nothing to the API.
+
+        Raises:
+            NotAuthenticated: there are none.
+
+        """
+        call = Call(self._monotonic() + self._timeout_s, self._monotonic)
+        self._authenticate({}, self._transport, call)
 
     def close(self) -> None:
         """Close every connection, and end the thread that watches them."""
-        self._session.close()
-        self._reaper.stop()
+        self._transport.close()
 
     def _exchange(
-        self, template: RequestTemplate, values: dict[str, Any], call: "_Call"
-    ) -> tuple[int, object]:
+        self, template: RequestTemplate, values: dict[str, Any], call: Call
+    ) -> Reply:
         body = {name: render(text, values) for name, text in template.body.items()}
         body = {name: value for name, value in body.items() if value is not None}
         headers = {
             name: render(text, values) for name, text in template.headers.items()
         }
-        self._authenticate(headers)
-        _current.call = call
-        self._reaper.watch(call)
-        try:
-            with self._session.request(
+        self._authenticate(headers, self._transport, call)
+        reply = self._transport.exchange(
+            call,
+            requests.Request(
                 template.method,
                 self._base + render(template.path, values),
                 params={n: render(text, values) for n, text in template.query.items()},
                 json=body or None,
                 headers=headers,
-                timeout=self._timeout_s,
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                answer = response.raw.read(ANSWER_BYTES_MAX + 1, decode_content=True)
-            # A body without Content-Length looks complete when the reaper cuts it.
-            if call.is_over():
-                raise TimeoutError
-            return response.status_code, _json(answer)
-        finally:
-            _current.call = None
-            self._reaper.forget(call)
-            # Only now, when the reaper can't reach for it any more.
-            call.close()
+            ),
+        )
+        if reply.status == http_client.UNAUTHORIZED:
+            self._authenticate.forget()
+        return reply
 
 
-def _json(body: bytes) -> object:
+def _json(body: bytes | None) -> object:
     """The body as JSON, or None if it is none or too long."""
-    if len(body) > ANSWER_BYTES_MAX:
+    if body is None:
         return None
     try:
         return json.loads(body)
@@ -193,174 +182,12 @@ def _json(body: bytes) -> object:
         return None
 
 
-def _answer_of_error(error: Exception, call: "_Call") -> Answer:
+def _answer_of_error(error: Exception, call: Call) -> Answer:
     """Translate a failure: the connection's flag says whether anything was sent."""
-    reason = next(name for kind, name in REASON_OF_ERROR if isinstance(error, kind))
+    unforeseen = "answer_unreadable" if call.is_sent else "request_failed"
+    named = (name for kind, name in REASON_OF_ERROR if isinstance(error, kind))
+    reason = next(named, unforeseen)
     if call.is_over():
         reason = "deadline"
     classified = AnswerClass.UNKNOWN if call.is_sent else AnswerClass.RETRY
     return Answer(classified, is_sent=call.is_sent, reason=reason)
-
-
-_FORESEEN: Final = tuple(kind for kind, _ in REASON_OF_ERROR)
-
-
-class _Call:
-    """One call's deadline, and whether a byte of it was sent."""
-
-    def __init__(self, deadline: float, monotonic: Callable[[], float]) -> None:
-        self.deadline = deadline
-        self.is_sent = False
-        self._monotonic = monotonic
-        #: Duplicates of the connection's descriptor. They are the call's own: TLS
-        #: takes the original over, and http.client closes it as soon as an answer's
-        #: headers say that it will not be kept, with the body still to come.
-        self._handles: list[socket.socket] = []
-
-    def is_over(self) -> bool:
-        return self._monotonic() >= self.deadline
-
-    def left_s(self) -> float:
-        return self.deadline - self._monotonic()
-
-    def watch(self, connection: socket.socket) -> None:
-        """From now on the connection ends at the deadline."""
-        self._handles.append(socket.socket(fileno=os.dup(connection.fileno())))
-
-    def is_watched(self) -> bool:
-        return bool(self._handles)
-
-    def cut(self) -> None:
-        for handle in list(self._handles):
-            # The other side may have gone already.
-            with contextlib.suppress(OSError):
-                handle.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.close()
-
-
-class _Current(threading.local):
-    """The call of this thread: urllib3 gives its connections no other way to know."""
-
-    call: _Call | None = None
-
-
-_current: Final = _Current()
-
-
-class _Reaper:
-    """One thread that cuts calls at their deadline.
-
-    Timeouts of requests count from read to read: a server that drips a byte a second
-    outlives them all.
-    """
-
-    def __init__(self) -> None:
-        self._calls: set[_Call] = set()
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._is_stopped = False
-        #: The moment for which the thread has set its alarm.
-        self._wakes_at = math.inf
-
-    def watch(self, call: _Call) -> None:
-        with self._changed:
-            self._calls.add(call)
-            # Started on first use: a thread would not survive the server's fork.
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=self._run, name="reaper", daemon=True
-                )
-                self._thread.start()
-            # Later deadlines wait for the alarm that is set: a thread that is woken at
-            # each call would cost more than it guards.
-            if call.deadline < self._wakes_at:
-                self._changed.notify()
-
-    def forget(self, call: _Call) -> None:
-        with self._changed:
-            self._calls.discard(call)
-
-    def stop(self) -> None:
-        with self._changed:
-            self._is_stopped = True
-            self._changed.notify()
-
-    def _run(self) -> None:
-        with self._changed:
-            while self._calls or not self._is_stopped:
-                for call in [each for each in self._calls if each.is_over()]:
-                    call.cut()
-                    self._calls.discard(call)
-                first = min(self._calls, key=lambda each: each.deadline, default=None)
-                self._wakes_at = first.deadline if first else math.inf
-                self._changed.wait(first.left_s() if first else None)
-
-
-class _Watched(HTTPConnection):
-    """A connection that knows its call: its deadline, and whether it was sent."""
-
-    #: Set by the adapter: seconds after which an idle connection is not used again.
-    idle_s: float = 0.0
-    _used_at: float = 0.0
-
-    @property
-    def is_connected(self) -> bool:
-        """Also false when the server may be about to close it: that would be doubt."""
-        is_fresh = time.monotonic() - self._used_at < self.idle_s
-        return is_fresh and super().is_connected
-
-    def _new_conn(self) -> socket.socket:
-        call = _current.call
-        connection = super()._new_conn()
-        if call is not None:
-            # Before the TLS handshake.
-            call.watch(connection)
-            # DNS and connect may have outlasted the deadline uncut.
-            if call.is_over():
-                connection.close()
-                raise TimeoutError
-        return connection
-
-    def send(self, data: Any) -> None:
-        if self.sock is None:
-            self.connect()
-        call = _current.call
-        if call is not None and self.sock is not None:
-            if not call.is_watched():
-                call.watch(self.sock)
-            # The fence of a pod that slept: nothing leaves after the deadline.
-            if call.is_over():
-                raise TimeoutError
-            call.is_sent = True
-        super().send(data)
-        self._used_at = time.monotonic()
-
-    def getresponse(self) -> Any:
-        response = super().getresponse()
-        self._used_at = time.monotonic()
-        return response
-
-
-class _WatchedTls(_Watched, HTTPSConnection):
-    """The same over TLS; the handshake is under the deadline, too."""
-
-
-class _Adapter(HTTPAdapter):
-    """requests' own adapter on watched connections, one for each thread."""
-
-    def __init__(self, connections_max: int, idle_s: float) -> None:
-        self._idle_s = idle_s
-        super().__init__(pool_connections=1, pool_maxsize=connections_max)
-
-    def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        idle_s = self._idle_s
-        plain = type("Plain", (_Watched,), {"idle_s": idle_s})
-        tls = type("Tls", (_WatchedTls,), {"idle_s": idle_s})
-        super().init_poolmanager(*args, **options)
-        self.poolmanager.pool_classes_by_scheme = {
-            "http": type("Pool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
-            "https": type("TlsPool", (HTTPSConnectionPool,), {"ConnectionCls": tls}),
-        }

@@ -190,6 +190,23 @@ class Resolver:
         return counts
 
     def _bring_on(self, stored: Stored) -> Outcome:
+        """Go on with one order; what it raises puts aside that order alone."""
+        try:
+            return self._go_on(stored)
+        except LedgerUnavailable:
+            raise
+        # Whatever nobody foresaw: the next order must not pay for it.
+        except Exception as error:  # noqa: BLE001
+            self._put_aside(stored, error)
+            return Outcome.UNFORESEEN
+
+    def _put_aside(self, stored: Stored, error: Exception) -> None:
+        """Leave an order for a later round, behind the others, and tell a person."""
+        telemetry.error("unforeseen", error, key=stored.idempotency_key)
+        self._alert("order_put_aside", stored.idempotency_key, type(error).__name__)
+        self._ledger.looked(stored.idempotency_key)
+
+    def _go_on(self, stored: Stored) -> Outcome:
         """Go on with one order where the ledger says it stands."""
         order = self._restore(stored)
         if order is None or not stored.is_given_up:
@@ -250,7 +267,13 @@ class Resolver:
             order = self._restore(stored)
             if order is None:
                 continue
-            outcome = self._follow_one(order)
+            try:
+                outcome = self._follow_one(order)
+            except LedgerUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 # As in `_bring_on`.
+                self._put_aside(stored, error)
+                continue
             if outcome is not None:
                 counts[outcome] += 1
         return counts

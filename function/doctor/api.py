@@ -46,7 +46,7 @@ def check_api(settings: Settings) -> Iterator[Diagnosis]:
     if _can_be_asked(profile):
         yield from _look_up(settings, profile)
     else:
-        yield from _knock(settings)
+        yield from _knock(settings, profile)
 
 
 def _can_be_asked(profile: ApiProfile) -> bool:
@@ -97,7 +97,7 @@ def _look_up(settings: Settings, profile: ApiProfile) -> Iterator[Diagnosis]:
         )
 
 
-def _knock(settings: Settings) -> Iterator[Diagnosis]:
+def _knock(settings: Settings, profile: ApiProfile) -> Iterator[Diagnosis]:
     """Connect, verify the certificate, fetch a token; send nothing to the API."""
     address = urlsplit(settings.recharge_api_url)
     host = address.hostname or ""
@@ -119,8 +119,9 @@ def _knock(settings: Settings) -> Iterator[Diagnosis]:
             "machine may reach it",
         )
         return
+    api = RechargeApi(settings, profile, make_authenticator(settings))
     try:
-        make_authenticator(settings)({})
+        api.check_credentials()
     except NotAuthenticated as problem:
         yield error(
             _SUBJECT,
@@ -128,6 +129,8 @@ def _knock(settings: Settings) -> Iterator[Diagnosis]:
             "check the token's file, or the OAuth client",
         )
         return
+    finally:
+        api.close()
     proven = "a connection and its certificate" if is_tls else "a connection"
     yield ok(
         _SUBJECT,

@@ -673,3 +673,28 @@ def test_doubt_of_which_nobody_knows_the_kind_of_api_is_left_to_a_person(
     assert (len(pod.api.sent), pod.api.asked) == (sent, [])
     assert database.row("app:r1")["reason"] == "api_kind_unknown"
     assert pod.alerts == [("parked", "app:r1")]
+
+
+def test_resolver_outlives_what_one_order_makes_it_raise(database: Database) -> None:
+    """That order alone is put aside, and somebody is told."""
+    pod = Pod(database, Kind.REFUSE)
+    database.pause("*")
+    for name, msisdn in (("a1", A), ("b1", B)):
+        assert pod.deliver(order(name, msisdn=msisdn)) is Outcome.PAUSED
+    database.execute("DELETE FROM pause")
+    assert pod.deliver(order("c1", msisdn=C), ACCEPTED) is Outcome.ACCEPTED
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    rpod.api.answers, rpod.api.findings = [DONE], [EXECUTED]
+
+    def raise_once() -> None:
+        rpod.api.meanwhile = lambda: None
+        raise ZeroDivisionError
+
+    rpod.api.meanwhile = raise_once
+
+    counts = resolver.run_once()
+
+    assert counts["unforeseen"] == 1
+    assert rpod.alerts == [("order_put_aside", "app:a1")]
+    assert pod.status(order("b1", msisdn=B)) == "succeeded"
+    assert pod.status(order("c1", msisdn=C)) == "succeeded"

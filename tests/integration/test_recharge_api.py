@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +30,9 @@ from demo.recharge_api import Kind, SandboxRechargeApi
 from function.api_auth import make_authenticator
 from function.api_profile import load_profile
 from function.config import Settings
+from function.http_exchange import ANSWER_BYTES_MAX, Call, Transport
 from function.model import Answer, AnswerClass, Finding, TopUp
-from function.recharge_api import ANSWER_BYTES_MAX, REASON_OF_ERROR, RechargeApi
+from function.recharge_api import REASON_OF_ERROR, RechargeApi
 
 ORDER: Final = TopUp(
     idempotency_key="app:r-1",
@@ -141,7 +144,10 @@ class HandMade:
         for line in head.lower().split(b"\r\n"):
             if line.startswith(b"content-length:"):
                 while len(body) < int(line.split(b":")[1]):
-                    body += connection.recv(65536)
+                    more = connection.recv(65536)
+                    if not more:
+                        return b""
+                    body += more
         self.requests.append(head + b"\r\n\r\n" + body)
         return self.requests[-1]
 
@@ -174,6 +180,8 @@ def server(serve: Serve, tls: ssl.SSLContext | None = None) -> Iterator[HandMade
             with ExitStack() as stack, suppress(OSError):
                 stack.enter_context(connection)
                 connection.settimeout(PATIENCE_S)
+                # What is sent leaves at once, not with the next request's head.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if tls is not None:
                     connection = tls.wrap_socket(connection, server_side=True)
                     stack.enter_context(connection)
@@ -550,7 +558,12 @@ def test_pod_that_slept_before_its_send_sends_nothing(
     now = 0.0
 
     class Sleeper:
-        def __call__(self, headers: dict[str, str]) -> None:
+        def __call__(
+            self,
+            headers: dict[str, str],
+            transport: Transport,  # noqa: ARG002
+            call: Call,  # noqa: ARG002
+        ) -> None:
             nonlocal now
             assert not headers.get("Authorization")
             now = 60.0
@@ -1219,8 +1232,9 @@ def test_oauth_server_that_hangs_holds_nobody_for_long(
             answers = list(pool.map(call, range(8)))
 
     assert time.monotonic() - started < 0.5 + 0.5 + LATENESS_S
-    assert {answer.is_sent for answer in answers} == {False}
-    assert {answer.classified for answer in answers} == {AnswerClass.OURS}
+    for answer in answers:
+        assert_not_sent(answer)
+        assert answer.reason == "oauth_exchange_slow"
 
 
 @pytest.mark.parametrize("status", ["302 Found", "307 Temporary Redirect"])
@@ -1290,3 +1304,501 @@ def test_donor_is_sent_when_there_is_one(make_client: MakeClient) -> None:
     assert json.loads(made.requests[0].partition(b"\r\n\r\n")[2])["donorMsisdn"] == (
         "+41791234568"
     )
+
+
+# ---- whose answer it is -------------------------------------------------------------
+
+
+def reference_of(number: int) -> bytes:
+    return answer_of(
+        json.dumps({"status": "succeeded", "reference": f"ref-{number}"}).encode()
+    )
+
+
+def interim(*statuses: int) -> bytes:
+    return b"".join(
+        f"HTTP/1.1 {status} Wait\r\nLink: </style>; rel=preload\r\n\r\n".encode()
+        for status in statuses
+    )
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(interim(100), id="100"),
+        pytest.param(interim(102), id="102"),
+        pytest.param(interim(103), id="103"),
+        pytest.param(interim(199), id="199"),
+        pytest.param(interim(103, 100, 102, 103, 103), id="several"),
+    ],
+)
+@pytest.mark.parametrize("is_joined", [True, False], ids=["joined", "apart"])
+def test_interim_answer_is_read_over(
+    make_client: MakeClient, before: bytes, *, is_joined: bool
+) -> None:
+    """Or the next order would read the answer of this one."""
+
+    def serve(made: HandMade, connection: socket.socket) -> None:
+        while made.read_request(connection):
+            answer = reference_of(len(made.requests))
+            if is_joined:
+                connection.sendall(before + answer)
+                continue
+            connection.sendall(before)
+            made.pause(0.05)
+            connection.sendall(answer)
+
+    with server(serve) as made:
+        client = make_client(made.url)
+        references = [client.recharge().reference for _ in range(3)]
+
+    assert references == ["ref-1", "ref-2", "ref-3"]
+    assert made.connections == 1
+
+
+@pytest.mark.parametrize("status", [100, 103])
+def test_endless_interim_answers_end_at_a_bound(
+    make_client: MakeClient, status: int
+) -> None:
+    """Long before the deadline, or they would cost the whole time a processor."""
+
+    def pour(made: HandMade, connection: socket.socket) -> None:
+        made.read_request(connection)
+        while True:
+            connection.sendall(interim(status) * 100)
+
+    with server(pour) as made:
+        client = make_client(made.url)
+        assert_unknown(client.recharge())
+
+    assert client.took_s < 2
+
+
+def test_change_of_protocol_is_unknown_and_its_connection_never_used_again(
+    make_client: MakeClient,
+) -> None:
+    def serve(made: HandMade, connection: socket.socket) -> None:
+        is_first = made.connections == 1
+        while made.read_request(connection):
+            switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n"
+            connection.sendall(switch if is_first else answer_of())
+
+    with server(serve) as made:
+        client = make_client(made.url)
+        assert_unknown(client.recharge())
+        assert client.recharge().classified is AnswerClass.DONE
+
+    assert made.connections == 2
+
+
+SECOND: Final = answer_of(b'{"status": "succeeded", "reference": "other"}')
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(answer_of() + SECOND, id="two answers"),
+        pytest.param(answer_of() + b"\r\n", id="a line more"),
+        pytest.param(answer_of() + b" " * 20_000 + SECOND, id="more than a buffer"),
+        pytest.param(
+            answer_of(DONE, "200 OK", "Connection: close") + SECOND, id="close"
+        ),
+        pytest.param(
+            answer_of(DONE, "200 OK", f"Content-Length: {len(DONE) + 1}") + b" ",
+            id="two lengths",
+        ),
+        pytest.param(
+            answer_of(
+                f"{len(DONE):x}\r\n".encode() + DONE + b"\r\n0\r\n\r\n",
+                "200 OK",
+                "Transfer-Encoding: chunked",
+            ),
+            id="length and chunks",
+        ),
+        pytest.param(
+            answer_of(
+                f"{len(DONE):x}\r\n".encode() + DONE + b"\r\n0\r\n\r\n" + SECOND,
+                "200 OK",
+                "Transfer-Encoding: chunked",
+                length=False,
+            ),
+            id="chunks and more",
+        ),
+        pytest.param(
+            answer_of(DONE, "200 OK", f"Content-Length: +{len(DONE)}", length=False),
+            id="length with a sign",
+        ),
+        pytest.param(
+            answer_of(
+                f"0x{len(DONE):x}\r\n".encode() + DONE + b"\r\n0\r\n\r\n",
+                "200 OK",
+                "Transfer-Encoding: chunked",
+                length=False,
+            ),
+            id="chunk with a prefix",
+        ),
+        pytest.param(
+            answer_of(DONE, "200 OK", "no colon"),
+            id="line that is no header",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
+def test_answer_whose_end_is_not_certain_is_unknown(
+    make_client: MakeClient, authority: Authority, answer: bytes, *, is_tls: bool
+) -> None:
+    """What stands behind it may be the answer, and it somebody else's."""
+
+    def serve(made: HandMade, connection: socket.socket) -> None:
+        is_first = made.connections == 1
+        while made.read_request(connection):
+            connection.sendall(answer if is_first else answer_of())
+
+    with server(serve, authority.context() if is_tls else None) as made:
+        client = make_client(
+            made.tls_url if is_tls else made.url, recharge_api_tls_ca_file=authority.ca
+        )
+        assert_unknown(client.recharge())
+        assert client.recharge().reference == "ref-1"
+
+    assert made.connections == 2
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
+def test_bytes_that_come_late_end_their_connection(
+    make_client: MakeClient, authority: Authority, *, is_tls: bool
+) -> None:
+    is_late_sent = threading.Event()
+    may_send_late = threading.Event()
+
+    def serve(made: HandMade, connection: socket.socket) -> None:
+        is_first = made.connections == 1
+        while made.read_request(connection):
+            connection.sendall(answer_of())
+            if is_first:
+                assert may_send_late.wait(PATIENCE_S)
+                connection.sendall(SECOND)
+                is_late_sent.set()
+
+    with server(serve, authority.context() if is_tls else None) as made:
+        client = make_client(
+            made.tls_url if is_tls else made.url, recharge_api_tls_ca_file=authority.ca
+        )
+        assert client.recharge().reference == "ref-1"
+        may_send_late.set()
+        assert is_late_sent.wait(PATIENCE_S)
+        assert client.recharge().reference == "ref-1"
+
+    assert made.connections == 2
+
+
+def test_answer_before_the_request_has_ended_is_unknown(
+    make_client: MakeClient,
+) -> None:
+    """It can't be known what it answers; urllib3 would read it all the same."""
+    order = replace(ORDER, channel="c" * 30_000_000)
+
+    def serve(made: HandMade, connection: socket.socket) -> None:
+        connection.recv(1000)
+        connection.sendall(answer_of())
+        made.pause(0.2)
+
+    with server(serve) as made:
+        answer = make_client(made.url).api.recharge(order, "k", time.monotonic() + 3)
+
+    assert_unknown(answer)
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
+def test_answer_that_comes_byte_by_byte_is_understood(
+    make_client: MakeClient, authority: Authority, *, is_tls: bool
+) -> None:
+    def serve(made: HandMade, connection: socket.socket) -> None:
+        while made.read_request(connection):
+            answer = interim(103) + reference_of(len(made.requests))
+            for place in range(len(answer)):
+                connection.sendall(answer[place : place + 1])
+
+    with server(serve, authority.context() if is_tls else None) as made:
+        client = make_client(
+            made.tls_url if is_tls else made.url, recharge_api_tls_ca_file=authority.ca
+        )
+        references = [client.recharge().reference for _ in range(2)]
+
+    assert references == ["ref-1", "ref-2"]
+
+
+# ---- what an answer's head may do ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Location: http://[x",
+        "Location: \x00",
+        "Location: //",
+        "Set-Cookie: =;;expires=\x01; path=[",
+        "Set-Cookie: a=b; version=x; max-age=y; port=z; expires=1 1 1",
+        "Content-Type: text/html; charset=\x00",
+        "Content-Type: multipart/mixed; boundary=",
+        "Content-Length: 5, 6",
+        "Content-Length: " + "9" * 5000,
+        "Content-Encoding: " + ", ".join(["gzip"] * 12),
+        "Transfer-Encoding: gzip, chunked",
+        "Retry-After: Thu, 99 Foo 99999 99:99:99 GMT",
+        "Keep-Alive: timeout=x",
+        "Proxy-Authenticate: [",
+        "\xff: \xff",
+    ],
+)
+@pytest.mark.parametrize("status", ["200 OK", "302 Found", "307 T", "401 U", "503 S"])
+def test_no_head_of_an_answer_makes_the_call_raise(
+    make_client: MakeClient, line: str, status: str
+) -> None:
+    head = f"HTTP/1.1 {status}\r\n{line}\r\n\r\n".encode("latin-1")
+    with server(once_then_close(head)) as made:
+        client = make_client(made.url, recharge_api_kind="lookup")
+        answer = client.recharge()
+        found = client.api.look_up("k")
+
+    assert answer.is_sent
+    assert answer.classified is not AnswerClass.DONE
+    assert found.finding is Finding.UNKNOWN
+
+
+# ---- is_sent ------------------------------------------------------------------------
+
+
+def test_send_that_breaks_in_its_middle_counts_as_sent(make_client: MakeClient) -> None:
+    """Bytes have left, and a whole request among them can't be ruled out."""
+
+    def serve(_: HandMade, connection: socket.socket) -> None:
+        connection.recv(1000)
+
+    with server(serve) as made:
+        answer = make_client(made.url).recharge(key="k" * 30_000_000)
+
+    assert_unknown(answer)
+
+
+# ---- memory -------------------------------------------------------------------------
+
+
+@contextmanager
+def memory_bounded_to(bytes_max: int) -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < bytes_max
+
+
+@pytest.mark.parametrize("location", ["", "Location: /elsewhere"], ids=["", "location"])
+@pytest.mark.parametrize(
+    "status", ["200", "204", "301", "302", "303", "304", "307", "308", "401", "500"]
+)
+def test_long_answer_of_any_status_is_not_read_on(
+    make_client: MakeClient, status: str, location: str
+) -> None:
+    def pour(made: HandMade, connection: socket.socket) -> None:
+        made.read_request(connection)
+        lines = f"HTTP/1.1 {status} X\r\n{location or 'X: y'}\r\n\r\n"
+        connection.sendall(lines.encode())
+        for _ in range(500):
+            connection.sendall(b" " * 65536)
+
+    with server(pour) as made, memory_bounded_to(4_000_000):
+        client = make_client(made.url)
+        client.recharge()
+
+    assert client.took_s < 2
+
+
+def test_head_of_an_answer_is_bounded(make_client: MakeClient) -> None:
+    """Six megabytes are allowed by http.client: a hundred lines of 64 KiB."""
+    lines = [f"X-{number}: {'y' * 60_000}" for number in range(90)]
+    with (
+        server(always(answer_of(DONE, "200 OK", *lines))) as made,
+        memory_bounded_to(4_000_000),
+    ):
+        assert_unknown(make_client(made.url).recharge())
+
+
+def test_chunk_of_negative_length_is_not_read_to_its_end(
+    make_client: MakeClient,
+) -> None:
+    def pour(made: HandMade, connection: socket.socket) -> None:
+        made.read_request(connection)
+        connection.sendall(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n"
+        )
+        for _ in range(500):
+            connection.sendall(b" " * 65536)
+
+    with server(pour) as made, memory_bounded_to(4_000_000):
+        assert_unknown(make_client(made.url).recharge())
+
+
+# ---- Retry-After --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "least_s", "most_s"),
+    [
+        ("120", 120, 120),
+        ("0", 0, 0),
+        ("999999999999", 86400, 86400),
+        ("-5", 0, 0),
+        ("1.5", 0, 0),
+        ("soon", 0, 0),
+        ("5, 6", 0, 0),
+        ("9" * 5000, 86400, 86400),
+        ("Thu, 99 Foo 99999 99:99:99 GMT", 0, 0),
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86400, 86400),
+        (
+            format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True),
+            3000,
+            3600,
+        ),
+    ],
+)
+def test_wait_that_the_api_names_is_handed_on(
+    make_client: MakeClient, value: str, least_s: float, most_s: float
+) -> None:
+    answer = answer_of(b"", "429 Too Many Requests", f"Retry-After: {value}")
+    with server(always(answer)) as made:
+        waits = make_client(made.url).recharge()
+
+    assert waits.classified is AnswerClass.RETRY
+    assert least_s <= waits.retry_after_s <= most_s
+
+
+def test_answer_that_names_no_wait_has_none(make_client: MakeClient) -> None:
+    with server(always(answer_of())) as made:
+        assert make_client(made.url).recharge().retry_after_s == 0.0
+
+
+# ---- the token endpoint, under the same bounds --------------------------------------
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        pytest.param(drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), id="head drips"),
+        pytest.param(drip(answer_of(b" " * 9999)[:-9999], b" "), id="body drips"),
+        pytest.param(drip(b"", interim(103)), id="103"),
+        pytest.param(once_then_hold(b""), id="says nothing"),
+    ],
+)
+def test_slow_token_endpoint_holds_nobody_past_the_deadline(
+    oauth_client: Callable[..., Client], authority: Authority, serve: Serve
+) -> None:
+    """Neither who asks nor who waits for the lock; and no order is sent."""
+    with (
+        server(serve, authority.context()) as slow,
+        server(always(answer_of())) as made,
+    ):
+        api = oauth_client(
+            made.url, recharge_api_oauth_token_url=f"{slow.tls_url}/token"
+        ).api
+
+        def call(number: int) -> Answer:
+            return api.recharge(ORDER, f"app:{number}", time.monotonic() + DEADLINE_S)
+
+        started = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(call, range(4)))
+        took_s = time.monotonic() - started
+
+    assert took_s < DEADLINE_S + LATENESS_S
+    for answer in answers:
+        assert_not_sent(answer)
+    assert made.requests == []
+
+
+@pytest.mark.parametrize("status", ["200 OK", "302 Found", "500 Error"])
+def test_long_answer_of_the_token_endpoint_is_not_read_on(
+    oauth_client: Callable[..., Client], authority: Authority, status: str
+) -> None:
+    def pour(made: HandMade, connection: socket.socket) -> None:
+        made.read_request(connection)
+        connection.sendall(f"HTTP/1.1 {status}\r\nLocation: /x\r\n\r\n".encode())
+        for _ in range(500):
+            connection.sendall(b" " * 65536)
+
+    with server(pour, authority.context()) as made:
+        client = oauth_client(
+            "http://127.0.0.1:1", recharge_api_oauth_token_url=f"{made.tls_url}/token"
+        )
+        with memory_bounded_to(4_000_000):
+            answer = client.recharge()
+
+    assert not answer.is_sent
+    assert answer.reason == "oauth_exchange_failed"
+
+
+def test_token_file_is_read_within_a_bound(
+    make_client: MakeClient, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_bytes(b"t" * 50_000_000)
+    client = make_client("http://127.0.0.1:1", recharge_api_token_file=token)
+    with memory_bounded_to(4_000_000):
+        answer = client.recharge()
+
+    assert not answer.is_sent
+    assert answer.reason == "token_file_unreadable"
+
+
+def test_scope_that_is_set_is_asked_for(
+    oauth_client: Callable[..., Client], authority: Authority
+) -> None:
+    token = answer_of(b'{"access_token": "t", "token_type": "Bearer"}')
+    with (
+        server(always(token), authority.context()) as asked,
+        server(always(answer_of())) as made,
+    ):
+        oauth_client(
+            made.url,
+            recharge_api_oauth_token_url=f"{asked.tls_url}/token",
+            recharge_api_oauth_scope="topup profile",
+        ).recharge()
+
+    head, _, body = asked.requests[0].partition(b"\r\n\r\n")
+    assert b"Authorization: Basic dG9wdXA6czNjcmV0\r\n" in head + b"\r\n"
+    assert body == b"grant_type=client_credentials&scope=topup+profile"
+
+
+# ---- between the head and the body of a request -------------------------------------
+
+
+def test_answer_that_is_there_before_the_body_is_unknown() -> None:
+    """It may be what a proxy still had of the request before."""
+    is_answered = threading.Event()
+
+    def serve(made: HandMade, connection: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(1)
+        connection.sendall(answer_of())
+        is_answered.set()
+        made.hold(connection)
+
+    def clock() -> float:
+        # Asked between the two sends.
+        if call.is_sent:
+            assert is_answered.wait(PATIENCE_S)
+        return time.monotonic()
+
+    call = Call(time.monotonic() + PATIENCE_S, clock)
+    transport = Transport(connections_max=1, idle_s=1, timeout_s=5, verify=True)
+    with server(serve) as made:
+        request = requests.Request("POST", made.url, json={"some": "body"})
+        with pytest.raises(requests.ConnectionError):
+            transport.exchange(call, request)
+    transport.close()
+
+    assert call.is_sent

@@ -31,10 +31,15 @@ PLACE_OF_LIBRARY: Final = {
     "phonenumbers": {"events"},
     "iso4217": {"events", "reconcile"},
     # Operators' commands talk to others than the recharge API.
-    "requests": {"recharge_api", "api_auth", "reconcile", "replay"},
-    "requests_oauthlib": {"api_auth"},
+    "requests": {"http_exchange", "recharge_api", "api_auth", "reconcile", "replay"},
     "oauthlib": {"api_auth"},
-    "urllib3": {"recharge_api", "replay", "doctor.cluster"},
+    "urllib3": {
+        "http_answer",
+        "http_exchange",
+        "recharge_api",
+        "replay",
+        "doctor.cluster",
+    },
     # Who may post events: the tokens and the keys that sign them.
     "jwt": {"event_tokens", "issuer_keys"},
     # Of the extra `cluster`: the function's image has neither.
