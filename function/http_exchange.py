@@ -8,7 +8,6 @@ redirect, or takes bytes for an answer that the request may not have asked for.
 """
 
 import contextlib
-import logging
 import math
 import os
 import socket
@@ -30,9 +29,6 @@ from function.http_answer import FinalAnswer, UncertainAnswer, has_unexpected
 ANSWER_BYTES_MAX: Final = 64 * 1024
 #: requests refuses a wait of nothing.
 _CONNECT_MIN_S: Final = 0.001
-
-# It would log the heads of answers, which are foreign text.
-logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
