@@ -10,6 +10,7 @@ Read in this order, which is the order of one event, then of what surrounds it:
     events.py         CloudEvent -> TopUp
     placement.py      did the record come where its subscriber's records must come
     processing.py     claim, recharge, settle; doubt
+    circuit_breaker.py  when most calls fail, none is made for a while
     ledger.py         the statements; schema.py the tables; database.py connections
     recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials;
                       http_exchange.py one request under a deadline, http_answer.py
@@ -32,7 +33,7 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 #: Who may import whom: a module imports only modules of the rows above its own.
 LAYERS = (
     ("errors", "model", "durations", "doctor.diagnosis", "doctor.documents"),
-    ("http_answer", "retry_after"),
+    ("http_answer", "retry_after", "circuit_breaker"),
     ("http_exchange",),
     ("config", "telemetry", "placement", "heads", "door", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),

@@ -54,7 +54,7 @@ STATUS: Final[dict[Outcome, int]] = {
     Outcome.HELD: 424,
     Outcome.REFUSED_US: 503,
     Outcome.PAUSED: 503,
-    Outcome.API_AWAY: 503,
+    Outcome.CIRCUIT_OPEN: 503,
     Outcome.DRAINING: 503,
     Outcome.LEDGER_UNAVAILABLE: 503,
     Outcome.UNFORESEEN: 503,

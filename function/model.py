@@ -304,8 +304,8 @@ class Outcome(Enum):
     HELD = "held"
     REFUSED_US = "refused_us"
     PAUSED = "paused"
-    #: The API looks away, and trying each order would leave a doubt for good each.
-    API_AWAY = "api_away"
+    #: Most calls fail, and each try would be a doubt for good: recorded, not called.
+    CIRCUIT_OPEN = "circuit_open"
     DRAINING = "draining"
     LEDGER_UNAVAILABLE = "ledger_unavailable"
     UNFORESEEN = "unforeseen"

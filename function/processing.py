@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Final, Protocol
 
 from function.api_profile import ApiProfile, Kind
+from function.circuit_breaker import CircuitBreaker, Permit
 from function.errors import ClaimUncertain, LedgerUnavailable
 from function.model import (
     NOTHING_EXECUTED,
@@ -42,10 +43,6 @@ _OWED_MAX: Final = 10_000
 #: While others fail, too, an order waits for so many unknown outcomes before it is the
 #: probe: two poisoned ones at the head of two partitions would wait for each other.
 _OUTAGE_DOUBTS_MAX: Final = 6
-#: Doubts in a row after which an API of kind `none` is taken to be away.
-_REST_AFTER_DOUBTS: Final = 3
-#: Longest pause before the next order is tried, in seconds.
-_REST_S_MAX: Final = 60
 #: Pause between two tries to settle, in seconds.
 _SETTLE_PAUSE_S: Final = 0.2
 
@@ -60,7 +57,7 @@ _FINAL: Final = {
     AnswerClass.ACCEPTED: Outcome.ACCEPTED,
     AnswerClass.NO: Outcome.REJECTED,
 }
-_API_AWAY: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="api_away")
+_CIRCUIT_OPEN: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="circuit_open")
 _NOT_SENT: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="claim_uncertain")
 
 
@@ -140,7 +137,7 @@ class Processing:
         self._monotonic = monotonic
         self._sleep = sleep
         self._owed = _Owed()
-        self._rest = _Rest()
+        self._breaker = CircuitBreaker(alert)
 
     def process(self, order: TopUp) -> Receipt:
         """Bring one delivery of an order to an outcome.
@@ -151,10 +148,11 @@ class Processing:
 
         """
         started = self._monotonic()
-        receipt = self._bring_on(order)
-        if receipt.outcome is Outcome.IN_DOUBT:
-            return self._park_or_wait(order, receipt, started)
-        return receipt
+        with self._breaker.permit(started) as permit:
+            receipt = self._bring_on(order, permit)
+            if receipt.outcome is Outcome.IN_DOUBT:
+                return self._park_or_wait(order, receipt, started, permit)
+            return receipt
 
     def resume(self, order: TopUp) -> Receipt:
         """Bring on an order that is in the ledger; what the resolver does.
@@ -163,15 +161,18 @@ class Processing:
             LedgerUnavailable: as `process`.
 
         """
-        for _ in range(_ROUNDS_MAX):
-            started = self._monotonic()
-            entry, line = self._ledger.look(order)
-            receipt = self._resume(order, entry, line, started) if entry else None
-            if receipt is not None:
-                return receipt
-        return Receipt(Outcome.IN_FLIGHT, reason="contended")
+        with self._breaker.permit(self._monotonic()) as permit:
+            for _ in range(_ROUNDS_MAX):
+                started = self._monotonic()
+                entry, line = self._ledger.look(order)
+                if entry is None:
+                    continue
+                receipt = self._resume(order, entry, line, started, permit)
+                if receipt is not None:
+                    return receipt
+            return Receipt(Outcome.IN_FLIGHT, reason="contended")
 
-    def _bring_on(self, order: TopUp) -> Receipt:
+    def _bring_on(self, order: TopUp, permit: Permit) -> Receipt:
         """Claim it and send it, or go on where the ledger says it stands."""
         for _ in range(_ROUNDS_MAX):
             if self._is_draining():
@@ -179,30 +180,29 @@ class Processing:
             # Crash here: nothing happened; the redelivery begins anew
             # (tests/e2e/test_crash_points.py: request_read, claim_unsent).
             started = self._monotonic()
-            is_resting = self._rest.is_on(started)
             claim = None
-            if not is_resting:
+            if permit:
                 claim = self._claim(
                     order.idempotency_key, lambda: self._ledger.claim(order)
                 )
             if claim is not None:
-                return self._recharge(order, claim, started)
+                return self._recharge(order, claim, started, permit)
             entry, line = self._ledger.look(order)
             if entry is None:
                 # Its own record may not come again, so it is recorded before it is
                 # sent away.
-                if not self._ledger.hold(order) and is_resting:
+                if not self._ledger.hold(order) and not permit:
                     self._ledger.put_off(order)
                 continue
             if entry.fingerprint != order.fingerprint:
                 return self._refuse_reused_key(order)
-            receipt = self._resume(order, entry, line, started)
+            receipt = self._resume(order, entry, line, started, permit)
             if receipt is not None:
                 return receipt
         return Receipt(Outcome.IN_FLIGHT, reason="contended")
 
     def _resume(
-        self, order: TopUp, entry: Entry, line: Line, looked: float
+        self, order: TopUp, entry: Entry, line: Line, looked: float, permit: Permit
     ) -> Receipt | None:
         """Go on where the ledger says this order stands; None means look again."""
         owed = self._owed.get(entry.token)
@@ -224,10 +224,12 @@ class Processing:
         if line.is_paused or line.blocker is not None:
             return self._wait(order, line)
         if entry.status in {Status.IN_DOUBT, Status.PARKED}:
-            return self._settle_doubt(order, entry, looked)
-        return self._send_again(order, entry, self._monotonic())
+            return self._settle_doubt(order, entry, looked, permit)
+        return self._send_again(order, entry, self._monotonic(), permit)
 
-    def _park_or_wait(self, order: TopUp, doubt: Receipt, started: float) -> Receipt:
+    def _park_or_wait(
+        self, order: TopUp, doubt: Receipt, started: float, permit: Permit
+    ) -> Receipt:
         """Tell a poisoned order from an outage, so that it holds up nobody else.
 
         What others achieved since its first attempt decides; and where nothing else
@@ -238,7 +240,7 @@ class Processing:
         is_fresh = doubt.attempt is not None
         if is_fresh and self._monotonic() - started < self._deadline_s / 2:
             # There is time to find out at once, before anybody is held up.
-            receipt = self._settle_at_once(order)
+            receipt = self._settle_at_once(order, permit)
             if receipt is not None:
                 return receipt
         # The source still brings it, so nobody has given up on it.
@@ -254,7 +256,7 @@ class Processing:
             return doubt
         return self._park(entry, "probe") or doubt
 
-    def _settle_at_once(self, order: TopUp) -> Receipt | None:
+    def _settle_at_once(self, order: TopUp, permit: Permit) -> Receipt | None:
         """Try once to end a fresh doubt; None if it stays one."""
         looked = self._monotonic()
         entry, line = self._ledger.look(order)
@@ -265,7 +267,7 @@ class Processing:
             return None
         if line.is_paused or line.blocker is not None:
             return None
-        receipt = self._settle_doubt(order, entry, looked)
+        receipt = self._settle_doubt(order, entry, looked, permit)
         is_ended = receipt is not None and receipt.outcome is not Outcome.IN_DOUBT
         return receipt if is_ended else None
 
@@ -282,14 +284,18 @@ class Processing:
             return None
         return Receipt(Outcome.WAITING)
 
-    def _send_again(self, order: TopUp, entry: Entry, started: float) -> Receipt | None:
+    def _send_again(
+        self, order: TopUp, entry: Entry, started: float, permit: Permit
+    ) -> Receipt | None:
         """Claim a known row anew and send; None means that it changed meanwhile."""
         if self._is_draining():
             return Receipt(Outcome.DRAINING)
-        if self._rest.is_on(started):
-            return Receipt(Outcome.API_AWAY)
+        if not permit:
+            return Receipt(Outcome.CIRCUIT_OPEN)
         claim = self._claim(entry.idempotency_key, lambda: self._ledger.reclaim(entry))
-        return None if claim is None else self._recharge(order, claim, started)
+        if claim is None:
+            return None
+        return self._recharge(order, claim, started, permit)
 
     def _claim(self, key: str, attempt: Callable[[], Claim | None]) -> Claim | None:
         """Claim, or disown what may have been claimed: never send without knowing."""
@@ -304,21 +310,35 @@ class Processing:
                 self._owed.drop(uncertain.token)
             raise
 
-    def _recharge(self, order: TopUp, claim: Claim, started: float) -> Receipt:
+    def _recharge(
+        self, order: TopUp, claim: Claim, started: float, permit: Permit
+    ) -> Receipt:
         """Call the API under a claim, and write down how it ended."""
         # Crash here: in flight, and its lease runs out; the redelivery treats it as
         # in doubt (test_crash_points: claim_committed, call_unsent).
-        if not self._rest.may_go(started):
-            # Another went first between our look and our claim.
-            self._finish(order, claim, _API_AWAY, started + self._lease_s)
-            return Receipt(Outcome.API_AWAY)
+        if not permit:
+            # It opened while the claim was written.
+            self._finish(order, claim, _CIRCUIT_OPEN, started + self._lease_s)
+            return Receipt(Outcome.CIRCUIT_OPEN)
         deadline = started + self._deadline_s
         answer = self._api.recharge(order, claim.rendered_key, deadline)
         # Crash here: as above, though the answer was here (answer_arrived).
-        if self._profile.kind is Kind.NONE:
-            is_parked = self._outcome(answer) is Outcome.PARKED
-            self._rest.note(is_doubt=is_parked, now=self._monotonic())
+        self._note(order, answer, permit)
         return self._finish(order, claim, answer, started + self._lease_s)
+
+    def _note(self, order: TopUp, answer: Answer, permit: Permit) -> None:
+        """Tell the breaker how a call ended, where each try would be a doubt for good.
+
+        For the other kinds what others achieved tells an outage from a poisoned order
+        (`_park_or_wait`).
+        """
+        if self._profile.kind is not Kind.NONE:
+            return
+        if answer.classified in _FINAL:
+            permit.answered()
+            return
+        reason = answer.reason or answer.classified.value
+        permit.failed(order.msisdn, reason, self._monotonic(), answer.retry_after_s)
 
     def _finish(
         self, order: TopUp, claim: Claim, answer: Answer, give_up_at: float
@@ -419,7 +439,7 @@ class Processing:
         return _repetition(settled, entry)
 
     def _settle_doubt(
-        self, order: TopUp, entry: Entry, looked: float
+        self, order: TopUp, entry: Entry, looked: float, permit: Permit
     ) -> Receipt | None:
         """Find out what became of the last attempt, as far as the API can tell.
 
@@ -437,7 +457,7 @@ class Processing:
         is_used = entry.last_class is AnswerClass.SAME_REFERENCE
         if kind is Kind.REPLAY and is_used and self._profile.look_up is not None:
             # The first one got there: asking ends it, and repeating does not.
-            return self._look_up(order, entry)
+            return self._look_up(order, entry, permit)
         if kind is Kind.REPLAY:
             # What is sent now may land as late as the settling time says.
             age_s = (entry.first_sent_age_s or 0.0) + self._profile.settle_s
@@ -445,12 +465,12 @@ class Processing:
                 # A repeated key protects no more, so it is never sent again.
                 kind = self._profile.kind_after_window
             else:
-                return self._send_again(order, entry, looked)
+                return self._send_again(order, entry, looked, permit)
         if kind in {Kind.REFUSE, Kind.LOOKUP}:
-            return self._look_up(order, entry)
+            return self._look_up(order, entry, permit)
         return self._park(entry, "cannot_be_found_out")
 
-    def _look_up(self, order: TopUp, entry: Entry) -> Receipt | None:
+    def _look_up(self, order: TopUp, entry: Entry, permit: Permit) -> Receipt | None:
         found = self._api.look_up(entry.rendered_key)
         match found.finding:
             case Finding.EXECUTED:
@@ -476,10 +496,10 @@ class Processing:
                     self._alert(reason, entry.idempotency_key, "")
                 return self._park(entry, reason)
             case Finding.ABSENT:
-                return self._absent(order, entry)
+                return self._absent(order, entry, permit)
         return Receipt(Outcome.IN_DOUBT, reason=found.reason or found.finding.value)
 
-    def _absent(self, order: TopUp, entry: Entry) -> Receipt | None:
+    def _absent(self, order: TopUp, entry: Entry, permit: Permit) -> Receipt | None:
         """Nothing found: proof only once the attempt can't land any more."""
         if not self._has_settled(entry):
             return Receipt(Outcome.IN_DOUBT, reason="not_settled_yet")
@@ -488,7 +508,7 @@ class Processing:
             return self._park(entry, "used_but_absent")
         if self._profile.kind is Kind.REPLAY:
             return self._park(entry, "window_over")
-        return self._send_again(order, entry, self._monotonic())
+        return self._send_again(order, entry, self._monotonic(), permit)
 
     def _has_settled(self, entry: Entry) -> bool:
         """Nothing of its last attempt can land any more."""
@@ -581,42 +601,3 @@ class _Owed:
     def drop(self, token: str) -> None:
         with self._lock:
             self._answers.pop(token, None)
-
-
-class _Rest:
-    """Rests the calls of an API of kind `none` that looks away.
-
-    There each lost answer is a doubt for good, so an outage must not be tried order by
-    order. After three in a row new orders wait, for a second, then twice as long, up to
-    a minute; each time one goes first. A poisoned subscriber alone never makes three.
-    """
-
-    def __init__(self) -> None:
-        self._doubts = 0
-        self._until = 0.0
-        self._lock = Lock()
-
-    def is_on(self, now: float) -> bool:
-        """Whether an order that would be called must wait."""
-        with self._lock:
-            return self._doubts >= _REST_AFTER_DOUBTS and now < self._until
-
-    def may_go(self, now: float) -> bool:
-        """Whether an order may be called; at the end of a rest, one alone."""
-        with self._lock:
-            if self._doubts < _REST_AFTER_DOUBTS:
-                return True
-            if now < self._until:
-                return False
-            # The others wait for what becomes of it.
-            self._until = now + self._pause_s()
-            return True
-
-    def note(self, *, is_doubt: bool, now: float) -> None:
-        """Count an outcome; anything but a doubt shows that the API answers."""
-        with self._lock:
-            self._doubts = self._doubts + 1 if is_doubt else 0
-            self._until = now + self._pause_s()
-
-    def _pause_s(self) -> float:
-        return float(min(_REST_S_MAX, 2 ** max(0, self._doubts - _REST_AFTER_DOUBTS)))

@@ -56,7 +56,7 @@ _FAILED: Final = frozenset(
         Outcome.RELEASED,
         Outcome.REFUSED_US,
         Outcome.IN_DOUBT,
-        Outcome.API_AWAY,
+        Outcome.CIRCUIT_OPEN,
         Outcome.DRAINING,
     }
 )

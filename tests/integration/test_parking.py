@@ -429,14 +429,17 @@ def test_held_orders_that_fail_starve_no_others(database: Database) -> None:
     assert pod.status(lost) == "succeeded"
 
 
-def test_given_up_order_that_meets_a_rest_waits_in_line(database: Database) -> None:
+def test_given_up_order_that_meets_an_open_breaker_waits_in_line(
+    database: Database,
+) -> None:
     """A held one is due in the next round, a released one when it is given up again."""
     pod = Pod(database, Kind.NONE)
     assert pod.deliver(order(), NOT_SENT) is Outcome.RELEASED
     database.change(updated_at="2001-01-01 00:00:00")
     resolver, rpod = resolver_of(database, Kind.NONE)
-    for _ in range(3):
-        rpod.processing._rest.note(is_doubt=True, now=rpod.now)
+    for subscriber in (A, B, C):
+        with rpod.processing._breaker.permit(rpod.now) as permit:
+            permit.failed(subscriber, "timeout", rpod.now, 0)
 
     resolver.run_once()
 
@@ -595,7 +598,7 @@ def test_outage_of_an_api_that_cannot_be_asked_is_not_tried_order_by_order(
         if outcome is Outcome.PARKED:
             current = next(waiting)
         else:
-            assert outcome is Outcome.API_AWAY
+            assert outcome is Outcome.CIRCUIT_OPEN
     # The one that waits is in the ledger, at its place: the source may give up on it.
     *parked, last = [row["status"] for row in database.rows("topup")]
     assert set(parked) == {"parked"}
@@ -610,7 +613,7 @@ def test_outage_of_an_api_that_cannot_be_asked_is_not_tried_order_by_order(
         current = next(waiting)
 
 
-def test_poisoned_subscriber_does_not_make_the_others_rest(database: Database) -> None:
+def test_poisoned_subscriber_does_not_open_the_breaker(database: Database) -> None:
     pod = Pod(database, Kind.NONE)
     for number in range(5):
         poisoned = order(f"p{number}", msisdn=f"+3933311{number:05}")
@@ -619,7 +622,7 @@ def test_poisoned_subscriber_does_not_make_the_others_rest(database: Database) -
         assert pod.deliver(other, DONE) is Outcome.SUCCEEDED
 
 
-def test_resting_pod_still_answers_repetitions(database: Database) -> None:
+def test_open_breaker_still_answers_repetitions(database: Database) -> None:
     pod = Pod(database, Kind.NONE)
     assert pod.deliver(order("ok", msisdn=B), DONE) is Outcome.SUCCEEDED
     for number in range(3):
@@ -628,9 +631,9 @@ def test_resting_pod_still_answers_repetitions(database: Database) -> None:
 
     assert pod.deliver(order("ok", msisdn=B)) is Outcome.SUCCEEDED
     assert pod.deliver(order("p0", msisdn="+393331100000")) is Outcome.PARKED
-    assert pod.deliver(order("new", msisdn=C)) is Outcome.API_AWAY
+    assert pod.deliver(order("new", msisdn=C)) is Outcome.CIRCUIT_OPEN
     assert pod.status(order("new", msisdn=C)) == "released"
-    # Whatever comes later, here or at a pod that does not rest, waits behind it.
+    # Whatever comes later, here or at a pod whose breaker is closed, waits behind it.
     other = Pod(database, Kind.NONE)
     assert other.deliver(order("newer", msisdn=C)) is Outcome.WAITING
 

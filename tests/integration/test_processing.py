@@ -565,7 +565,7 @@ def test_second_success_under_another_reference_is_an_alert(
     assert ("evidence_contradicts", "app:r1") in pod.alerts
 
 
-def test_one_order_alone_goes_first_after_a_rest(database: Database) -> None:
+def test_one_order_alone_is_the_trial_of_an_open_breaker(database: Database) -> None:
     """Each that went at once would be a doubt for good, and a person's case."""
     pod = Pod(database, Kind.NONE)
     for number in range(3):
@@ -578,18 +578,40 @@ def test_one_order_alone_goes_first_after_a_rest(database: Database) -> None:
 
     def claim_while_others_come(topup: TopUp) -> Claim | None:
         claimed = claim(topup)
-        if others:
-            pod.api.answers = [UNKNOWN]
-            outcomes.append(pod.processing.process(others.pop()).outcome)
+        outcomes.extend(pod.processing.process(other).outcome for other in others)
         return claimed
 
     pod.ledger.claim = claim_while_others_come  # type: ignore[method-assign,assignment]
     last = order("last", msisdn=A)
-    outcomes.append(pod.processing.process(last).outcome)
 
-    assert outcomes.count(Outcome.PARKED) == 1
-    assert outcomes.count(Outcome.API_AWAY) == 3
+    assert pod.deliver(last, UNKNOWN) is Outcome.PARKED
+    assert outcomes == [Outcome.CIRCUIT_OPEN] * 3
+    assert {pod.status(other) for other in others} == {"released"}
+
+
+def test_breaker_that_opens_while_a_claim_is_written_stops_its_call(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.NONE)
+    claim = pod.ledger.claim
+    failing = [
+        order(f"p{number}", msisdn=f"+3933311{number:05}") for number in range(3)
+    ]
+
+    def claim_while_others_fail(topup: TopUp) -> Claim | None:
+        claimed = claim(topup)
+        pod.ledger.claim = claim  # type: ignore[method-assign]
+        pod.api.answers = [UNKNOWN] * 3
+        for each in failing:
+            pod.processing.process(each)
+        return claimed
+
+    pod.ledger.claim = claim_while_others_fail  # type: ignore[method-assign,assignment]
+    last = order("last", msisdn=A)
+
+    assert pod.processing.process(last).outcome is Outcome.CIRCUIT_OPEN
     assert pod.status(last) == "released"
+    assert len(pod.api.sent) == 3
 
 
 def test_others_wait_for_what_becomes_of_the_one_that_goes_first(
@@ -610,7 +632,7 @@ def test_others_wait_for_what_becomes_of_the_one_that_goes_first(
     pod.api.answers = [DONE, DONE]
     pod.processing.process(order("first", msisdn=A))
 
-    assert met == [Outcome.API_AWAY]
+    assert met == [Outcome.CIRCUIT_OPEN]
 
 
 def test_draining_pod_begins_no_call(any_kind: Pod, database: Database) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 
 from function.api_profile import Kind
+from function.circuit_breaker import Permit
 from function.errors import LedgerUnavailable
 from function.ledger import Ledger
 from function.model import (
@@ -125,17 +126,19 @@ class AnswersFirst(Processing):
 class ForgetsTheWindow(Processing):
     """Sends the same key again for ever."""
 
-    def _settle_doubt(self, order: TopUp, entry: Entry, looked: float) -> Any:
+    def _settle_doubt(
+        self, order: TopUp, entry: Entry, looked: float, permit: Permit
+    ) -> Any:
         if self._profile.kind is Kind.REPLAY:
-            return self._send_again(order, entry, looked)
-        return super()._settle_doubt(order, entry, looked)
+            return self._send_again(order, entry, looked, permit)
+        return super()._settle_doubt(order, entry, looked, permit)
 
 
 class TakesAbsentForProof(Processing):
     """Does not wait for the settling time."""
 
-    def _absent(self, order: TopUp, entry: Entry) -> Receipt | None:
-        return self._send_again(order, entry, self._monotonic())
+    def _absent(self, order: TopUp, entry: Entry, permit: Permit) -> Receipt | None:
+        return self._send_again(order, entry, self._monotonic(), permit)
 
 
 class TakesUnknownForNotExecuted(Processing):
@@ -168,8 +171,9 @@ class SleepsPastTheWindow(Processing):
         order: TopUp,
         entry: Entry,
         started: float,  # noqa: ARG002
+        permit: Permit,
     ) -> Receipt | None:
-        return super()._send_again(order, entry, self._monotonic())
+        return super()._send_again(order, entry, self._monotonic(), permit)
 
 
 BROKEN: Final = {
@@ -191,10 +195,10 @@ BROKEN: Final = {
 #: and of what sort the find was.
 FOUND: Final[dict[str, tuple[str, int, str | tuple[str, ...]]]] = {
     "no fence": ("none", 810, "double"),
-    "blind reclaim": ("none", 3873, "double"),
+    "blind reclaim": ("replay", 12851, "double"),
     "released although doubted": ("replay", 597, "double"),
     "gate forgets held": ("replay", 3, "out of order"),
-    "late settlement overwrites": ("none", 917, "reference"),
+    "late settlement overwrites": ("replay", 1212, "reference"),
     "lost claims forgotten": ("none", 509, "stuck"),
     "unrecorded before 409": ("replay", 3, "stuck"),
     "answer before settlement": ("replay", 557, "unsettled"),

@@ -55,6 +55,7 @@ PLACE_OF_LIBRARY: Final = {
 #: Beside the project's own modules: pure control flow needs no more.
 PURE: Final = {
     "processing": {"time", "collections", "threading", "typing"},
+    "circuit_breaker": {"collections", "threading", "types", "typing"},
     "model": {"dataclasses", "enum", "typing"},
     "errors": set[str](),
     "durations": {"re", "typing"},

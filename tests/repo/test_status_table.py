@@ -47,7 +47,7 @@ CONTRACT: Final = {
     Outcome.HELD: 424,
     Outcome.REFUSED_US: 503,
     Outcome.PAUSED: 503,
-    Outcome.API_AWAY: 503,
+    Outcome.CIRCUIT_OPEN: 503,
     Outcome.DRAINING: 503,
     Outcome.LEDGER_UNAVAILABLE: 503,
     Outcome.UNFORESEEN: 503,
