@@ -12,7 +12,8 @@ Read in this order, which is the order of one event, then of what surrounds it:
     processing.py     claim, recharge, settle; doubt
     circuit_breaker.py  when most calls fail, none is made for a while
     ledger.py         the statements; schema.py the tables; database.py connections
-    recharge_api.py   the call; api_profile.py its meaning; api_auth.py credentials;
+    recharge_api.py   the call; api_profile.py its meaning, closed_table.py how its file
+                      is read; api_auth.py credentials;
                       http_exchange.py one request under a deadline, http_answer.py
                       where an answer begins and ends; retry_after.py
     model.py          statuses, transitions, outcomes; errors.py the error tree
@@ -33,7 +34,7 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 #: Who may import whom: a module imports only modules of the rows above its own.
 LAYERS = (
     ("errors", "model", "durations", "doctor.diagnosis", "doctor.documents"),
-    ("http_answer", "retry_after", "circuit_breaker"),
+    ("http_answer", "retry_after", "circuit_breaker", "closed_table"),
     ("http_exchange",),
     ("config", "telemetry", "placement", "heads", "door", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),

@@ -7,16 +7,25 @@ must never do I/O beyond reading its own file.
 import re
 import tomllib
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum, unique
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
+from function.closed_table import ClosedTable
 from function.config import Settings
-from function.errors import SettingsError
-from function.model import Answer, AnswerClass, Finding, LookUp, TopUp
+from function.errors import InvalidEvent, SettingsError
+from function.model import (
+    NOTHING_EXECUTED,
+    Answer,
+    AnswerClass,
+    Finding,
+    LookUp,
+    TopUp,
+)
 
 #: Of several rows of one key, the one that decides.
 _MOST_TELLING_FIRST: Final = (
@@ -27,6 +36,12 @@ _MOST_TELLING_FIRST: Final = (
 )
 _PROFILES: Final = Path(__file__).parent / "profiles"
 _FIELD: Final = re.compile(r"\{(\w+)\}")
+_METHOD: Final = re.compile(r"[A-Z]{1,20}")
+_PATH: Final = re.compile(r"/[^?#\s]*")
+#: What can stand in a header without being changed on its way (RFC 9110, 5.5).
+_HEADER_VALUE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
+#: A key that is cut shorter can be the same for two orders.
+KEY_LENGTH_LEAST: Final = 16
 #: A reason is logged and answered: only what can't be anybody's text or number.
 _CONSTANT: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.:-]{0,63}")
 _REFERENCE_CHARACTERS_MAX: Final = 200
@@ -45,6 +60,10 @@ _FIELDS: Final = frozenset(
     }
 )
 _FIELDS_OF_LOOK_UP: Final = frozenset({"key"})
+_TAKEN: Final = frozenset({AnswerClass.DONE, AnswerClass.ACCEPTED})
+_NOT_TAKEN: Final = NOTHING_EXECUTED | {AnswerClass.NO}
+#: The reason of an answer whose status and body can't both be true.
+CONTRADICTS_ITSELF: Final = "answer_contradicts_itself"
 
 
 @unique
@@ -64,18 +83,30 @@ class Rule:
     classified: AnswerClass
     status: frozenset[int]
     where: Mapping[str, frozenset[str]]
+    #: A text or a whole number must stand there.
     has: tuple[str, ...]
+    #: A text must: a gateway's own page may well have a number there.
+    has_text: tuple[str, ...]
 
     def matches(self, status: int, document: object) -> bool:
         """Whether status and body together meet every condition."""
+        return status in self.status and self.fits(document)
+
+    def fits(self, document: object) -> bool:
+        """Whether the body alone meets every condition."""
         return (
-            status in self.status
-            and all(_text(_at(document, path), 1) for path in self.has)
+            all(_text(_at(document, path), 1) for path in self.has)
+            and all(_is_text(_at(document, path)) for path in self.has_text)
             and all(
                 isinstance(value := _at(document, path), str) and value in wanted
                 for path, wanted in self.where.items()
             )
         )
+
+    @property
+    def is_about_the_body(self) -> bool:
+        """Whether the body says something by it, whatever the status."""
+        return bool(self.where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +118,8 @@ class RequestTemplate:
     headers: Mapping[str, str]
     query: Mapping[str, str]
     body: Mapping[str, str]
+    #: The order's own fields that headers name; the key is always fit for one.
+    header_fields: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +174,28 @@ class ApiProfile:
             return digest.hexdigest()[: self.key_length_max]
         return idempotency_key
 
+    def require_sendable(self, topup: TopUp) -> None:
+        """Raise unless each value of the order can stand where the profile puts it.
+
+        In a body and a query every text can; in a header and a path not.
+
+        Raises:
+            InvalidEvent: it can never be sent as it is; put it in quarantine.
+
+        """
+        request = self.request
+        if "{" not in request.path and not request.header_fields:
+            return
+        values = template_values(topup, self.render_key(topup.idempotency_key))
+        for field in request.header_fields:
+            value = values[field]
+            if value is not None and not _HEADER_VALUE.fullmatch(str(value)):
+                raise InvalidEvent(f"{field}: can't stand in a header of the request")
+        try:
+            render_path(request.path, values)
+        except ValueError:
+            raise InvalidEvent("path: a value can't stand in the request's") from None
+
     def classify(self, status: int, document: object) -> Answer:
         """Say what an answer means: the first rule that matches, else unknown.
 
@@ -153,11 +208,18 @@ class ApiProfile:
             (rule.classified for rule in self.rules if rule.matches(status, document)),
             AnswerClass.UNKNOWN,
         )
+        reason = _constant(_at(document, self.reason)) or f"http_{status}"
+        if classified in _NOT_TAKEN and any(
+            rule.classified in _TAKEN and rule.is_about_the_body and rule.fits(document)
+            for rule in self.rules
+        ):
+            # The status says that nothing was executed, the body that it was.
+            classified, reason = AnswerClass.UNKNOWN, CONTRADICTS_ITSELF
         return Answer(
             classified,
             http_status=status,
             reference=_text(_at(document, self.reference), _REFERENCE_CHARACTERS_MAX),
-            reason=_constant(_at(document, self.reason)) or f"http_{status}",
+            reason=reason,
             words=_text(_at(document, self.words), _WORDS_CHARACTERS_MAX) or "",
         )
 
@@ -213,9 +275,9 @@ def load_profile(settings: Settings) -> ApiProfile:
         raise SettingsError(
             f"RECHARGE_API_PROFILE: no file {path}; known by name: {known}"
         ) from None
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise SettingsError(
-            f"RECHARGE_API_PROFILE or RECHARGE_API_KIND: {path.name}: {error!r}"
+            f"RECHARGE_API_PROFILE or RECHARGE_API_KIND: {path.name}: {error}"
         ) from None
     is_asked = profile.kind in {Kind.REFUSE, Kind.LOOKUP}
     if profile.kind is Kind.REPLAY and not profile.window_s > profile.settle_s:
@@ -228,13 +290,38 @@ def load_profile(settings: Settings) -> ApiProfile:
         raise SettingsError(
             f"RECHARGE_API_KIND is {profile.kind}, but {path.name} has no [look_up]"
         )
-    if is_asked and not profile.settle_s > settings.ledger_lease_s:
+    is_asked_later = (
+        profile.kind is Kind.REPLAY
+        and profile.kind_after_window is not Kind.NONE
+        and profile.look_up is not None
+    )
+    if (is_asked or is_asked_later) and not (
+        profile.settle_s > settings.ledger_lease_s
+    ):
         raise SettingsError(
             f"RECHARGE_API_SETTLE_S ({profile.settle_s:g}) must be greater than "
             f"LEDGER_LEASE_S ({settings.ledger_lease_s:g}): a look-up may not count as "
             "proof while the attempt can still send"
         )
     return profile
+
+
+def render_path(template: str, values: Mapping[str, Any]) -> str:
+    """Fill a path's template; each value is encoded for its segment (RFC 3986, 3.3).
+
+    Raises:
+        ValueError: a segment would be one that means another path, or a value is none.
+            `require_sendable` refuses such an order when it is read.
+
+    """
+    fields = {name: values[name] for name in _FIELD.findall(template)}
+    if None in fields.values():
+        raise ValueError("a field of the path has no value")
+    path = _FIELD.sub(lambda match: quote(str(fields[match[1]]), safe=""), template)
+    if fields and {".", "..", ""} & set(path.split("/")[1:]):
+        # Encoded they mean the same (RFC 3986, 6.2.2.2), and clients take them out.
+        raise ValueError("a segment of the path means another path")
+    return path
 
 
 def render(template: str, values: Mapping[str, Any]) -> Any:
@@ -262,67 +349,88 @@ def template_values(topup: TopUp | None, key: str) -> dict[str, Any]:
 
 
 def _parse(document: dict[str, Any]) -> ApiProfile:
-    answer, key = document["answer"], document["key"]
-    if key["render"] not in {"as_is", "uuid4"}:
-        raise ValueError("key.render must be as_is or uuid4")
-    return ApiProfile(
-        name=document["name"],
-        kind=Kind(document["kind"]),
-        window_s=float(document["window_s"]),
-        kind_after_window=Kind(document["kind_after_window"]),
-        settle_s=float(document["settle_s"]),
-        key_render=key["render"],
-        key_length_max=int(key["length_max"]),
-        request=_request(document["request"], _FIELDS),
-        reference=answer["reference"],
-        reason=answer["reason"],
-        words=answer["words"],
-        rules=tuple(_rule(rule) for rule in answer["rules"]),
-        look_up=_look_up(document["look_up"]) if "look_up" in document else None,
+    file = ClosedTable("", document)
+    key, answer = file.table("key"), file.table("answer")
+    kinds = tuple(kind.value for kind in Kind)
+    profile = ApiProfile(
+        name=file.text("name"),
+        kind=Kind(file.one_of("kind", kinds)),
+        window_s=file.number("window_s", 0),
+        kind_after_window=Kind(file.one_of("kind_after_window", kinds)),
+        settle_s=file.number("settle_s", 0),
+        key_render=key.one_of("render", ("as_is", "uuid4")),
+        key_length_max=key.whole_number("length_max", KEY_LENGTH_LEAST, 200),
+        request=_request(request := file.table("request"), _FIELDS),
+        reference=answer.text("reference"),
+        reason=answer.text("reason"),
+        words=answer.text("words"),
+        rules=tuple(_rule(rule) for rule in answer.tables("rules")),
+        look_up=_look_up(file.table("look_up")) if file.has("look_up") else None,
     )
+    for table in (key, answer, request, file):
+        table.close()
+    return profile
 
 
-def _request(part: dict[str, Any], fields: frozenset[str]) -> RequestTemplate:
-    templates = [part["path"]]
-    for name in ("headers", "query", "body"):
-        templates += part.get(name, {}).values()
+def _request(part: ClosedTable, fields: frozenset[str]) -> RequestTemplate:
+    """Read a request's template; the caller closes the table, which may have more."""
+    method, path = part.text("method"), part.text("path")
+    if not _METHOD.fullmatch(method):
+        raise ValueError(f"[{part.name}]: 'method' must be a method of HTTP")
+    if not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
+        raise ValueError(
+            f"[{part.name}]: 'path' must begin with / and hold neither ? nor #, "
+            "nor a segment of dots"
+        )
+    headers, query, body = (
+        _templates(part.table(name, {})) for name in ("headers", "query", "body")
+    )
+    templates = [path, *headers.values(), *query.values(), *body.values()]
     # Found now, not between a claim and its send.
     unknown = {name for text in templates for name in _FIELD.findall(text)} - fields
     if unknown:
-        raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
-    return RequestTemplate(
-        part["method"],
-        part["path"],
-        part.get("headers", {}),
-        part.get("query", {}),
-        part.get("body", {}),
+        raise ValueError(
+            f"[{part.name}] names the unknown fields {', '.join(sorted(unknown))}; "
+            f"known: {', '.join(sorted(fields))}"
+        )
+    named = {name for text in headers.values() for name in _FIELD.findall(text)}
+    header_fields = tuple(sorted(named - {"key"}))
+    return RequestTemplate(method, path, headers, query, body, header_fields)
+
+
+def _templates(part: ClosedTable) -> dict[str, str]:
+    return {name: part.text(name, may_be_empty=True) for name in part.names()}
+
+
+def _rule(part: ClosedTable) -> Rule:
+    classes = tuple(each.value for each in AnswerClass)
+    where = part.table("where", {})
+    rule = Rule(
+        AnswerClass(part.one_of("class", classes)),
+        frozenset(part.whole_numbers("status", 200, 599)),
+        {path: frozenset(where.texts(path)) for path in where.names()},
+        part.texts("has", ()),
+        part.texts("has_text", ()),
     )
+    part.close()
+    return rule
 
 
-def _rule(part: dict[str, Any]) -> Rule:
-    where = {path: frozenset(values) for path, values in part.get("where", {}).items()}
-    return Rule(
-        AnswerClass(part["class"]),
-        frozenset(part["status"]),
-        where,
-        tuple(part.get("has", ())),
-    )
-
-
-def _look_up(part: dict[str, Any]) -> LookUpRules:
+def _look_up(part: ClosedTable) -> LookUpRules:
     findings: dict[str, Finding] = {}
     for finding in (Finding.EXECUTED, Finding.FAILED, Finding.PENDING):
-        names: Iterable[str] = part[finding.value]
-        findings |= dict.fromkeys(names, finding)
-    return LookUpRules(
+        findings |= dict.fromkeys(part.texts(finding.value), finding)
+    rules = LookUpRules(
         _request(part, _FIELDS_OF_LOOK_UP),
-        part["rows"],
-        part["match"],
-        part["status"],
+        part.text("rows"),
+        part.text("match"),
+        part.text("status"),
         findings,
-        part["reference"],
-        part.get("reversed", ""),
+        part.text("reference"),
+        part.text("reversed", "", may_be_empty=True),
     )
+    part.close()
+    return rules
 
 
 def _at(document: object, path: str) -> Any:
@@ -332,6 +440,10 @@ def _at(document: object, path: str) -> Any:
             return None
         document = document.get(name)
     return document
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _constant(value: object) -> str | None:

@@ -71,7 +71,7 @@ class Services:
     """The parts of one process, made on first use: the server forks before that."""
 
     def __init__(self, settings: Settings) -> None:
-        profile = load_profile(settings)
+        self.profile = profile = load_profile(settings)
         self.engine = make_engine(settings)
         self.ledger = Ledger(self.engine, profile, lease_s=settings.ledger_lease_s)
         self.api = RechargeApi(settings, profile, make_authenticator(settings))
@@ -176,6 +176,7 @@ def _deliver(request: flask.Request) -> flask.Response:
         return _refuse(Outcome.MALFORMED, dropped, headers, body, len(body))
     try:
         order = read_topup(headers, body, settings.event_type)
+        services().profile.require_sendable(order)
     except UnknownEventType as error:
         telemetry.alert("unknown_event_type", "", "", detail=str(error))
         return _respond(Receipt(Outcome.UNKNOWN_TYPE))

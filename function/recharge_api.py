@@ -16,7 +16,13 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from function.api_auth import AuthenticationSlow, Authenticator, NotAuthenticated
-from function.api_profile import ApiProfile, RequestTemplate, render, template_values
+from function.api_profile import (
+    ApiProfile,
+    RequestTemplate,
+    render,
+    render_path,
+    template_values,
+)
 from function.config import Settings
 from function.http_answer import UncertainAnswer
 from function.http_exchange import Call, Reply, Transport
@@ -161,7 +167,7 @@ class RechargeApi:
             call,
             requests.Request(
                 template.method,
-                self._base + render(template.path, values),
+                self._base + render_path(template.path, values),
                 params={n: render(text, values) for n, text in template.query.items()},
                 json=body or None,
                 headers=headers,

@@ -350,7 +350,7 @@ FAULTS: Final = [
     (Script(Fault.UNAUTHORIZED), "ours", "unauthorized"),
     (Script(Fault.REDIRECT), "ours", "http_307"),
     (Script(Fault.REJECT, code="blocked"), "no", "blocked"),
-    (Script(Fault.REJECT, status=402, code="no_credit"), "no", "no_credit"),
+    (Script(Fault.REJECT, status=402, code="no_credit"), "ours", "no_credit"),
     (Script(Fault.ACCEPT), "accepted", "http_202"),
     (Script(Fault.LATE_EXECUTE, delay_s=60), "unknown", "read_timeout"),
     (Script(Fault.LATE_EXECUTE, delay_s=0.1), "done", "http_201"),
@@ -447,7 +447,10 @@ def test_redirect_is_not_followed(make_client: MakeClient) -> None:
         for status in ("301 M", "302 F", "303 S", "307 T", "308 P"):
             with server(always(answer_of(b"", status, location))) as made:
                 answer = make_client(made.url).recharge()
-            assert answer.classified is AnswerClass.OURS
+            # A 303 follows a POST that was carried out; a 302 is used so, too.
+            is_unknown = status[:3] in {"302", "303"}
+            expected = AnswerClass.UNKNOWN if is_unknown else AnswerClass.OURS
+            assert answer.classified is expected
             assert len(made.requests) == 1
 
     assert elsewhere.connections == 0

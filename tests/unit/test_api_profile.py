@@ -89,7 +89,13 @@ def classified(status: int, document: object) -> AnswerClass:
         (202, DONE, "unknown"),
         (204, DONE, "unknown"),
         (500, DONE, "unknown"),
-        (404, DONE, "ours"),
+        # It contradicts itself: unknown, however sure the status sounds.
+        (404, DONE, "unknown"),
+        (401, DONE, "unknown"),
+        (429, DONE, "unknown"),
+        (301, DONE, "unknown"),
+        (429, {"status": "pending"}, "unknown"),
+        (400, {"status": "pending"} | error("x"), "unknown"),
         # A 200 that refuses, or that is no answer of the API.
         (200, {"status": "failed", "reference": "ref-1"}, "unknown"),
         (200, {"status": "SUCCEEDED", "reference": "ref-1"}, "unknown"),
@@ -119,16 +125,20 @@ def classified(status: int, document: object) -> AnswerClass:
         (429, error("anything"), "retry"),
         # no: only with the API's own error document
         (400, error("invalid_number"), "no"),
-        (402, error("insufficient_balance"), "no"),
+        (402, error("insufficient_balance"), "ours"),
         (404, error("no_such_subscriber"), "no"),
         (422, error("blocked"), "no"),
         (400, PAGE, "unknown"),
-        (402, PAGE, "unknown"),
+        (402, PAGE, "ours"),
         (422, PAGE, "unknown"),
         (400, {"error": {}}, "unknown"),
         (400, {"error": {"code": ""}}, "unknown"),
         (400, {"error": "blocked"}, "unknown"),
-        (402, {"error": {"code": None}}, "unknown"),
+        (402, {"error": {"code": None}}, "ours"),
+        # A gateway's own page, with its status as a number.
+        (400, {"error": {"code": 400}}, "unknown"),
+        (422, {"error": {"code": 422}}, "unknown"),
+        (404, {"error": {"code": 404}}, "ours"),
         # ours
         (401, PAGE, "ours"),
         (401, error("unauthorized"), "ours"),
@@ -137,8 +147,8 @@ def classified(status: int, document: object) -> AnswerClass:
         (404, {}, "ours"),
         (404, {"error": {"code": ""}}, "ours"),
         (301, PAGE, "ours"),
-        (302, PAGE, "ours"),
-        (303, PAGE, "ours"),
+        (302, PAGE, "unknown"),
+        (303, PAGE, "unknown"),
         (307, PAGE, "ours"),
         (308, PAGE, "ours"),
         # unknown: everything else
@@ -188,7 +198,7 @@ def test_no_answer_is_done_but_a_success_with_a_reference(
         assert document["status"] == "succeeded"
         assert answer.reference
     if answer.classified is AnswerClass.NO:
-        assert status in {400, 402, 404, 422}
+        assert status in {400, 404, 422}
 
 
 def test_reference_reason_and_words_are_taken_from_their_places() -> None:
@@ -424,3 +434,68 @@ def test_every_field_that_a_template_may_name_is_there(tmp_path: Path) -> None:
     for name in template_values(TOPUP, "rendered"):
         own = from_text(tmp_path, GENERIC.replace("{requested_at}", f"{{{name}}}"))
         assert own.request.body["requestedAt"] == f"{{{name}}}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "table", "said"),
+    [
+        ("where = {", "whre = {", "[answer.rules number 1]", "'whre' (did you mean"),
+        ("settle_s = 120", "settle = 120", "the file", "must have 'settle_s'"),
+        ("[key]", "extra = 1\n[key]", "the file", "'extra'"),
+        ('render = "as_is"', 'rendr = "as_is"', "[key]", "must have 'render'"),
+        ("length_max = 200", "length_max = 0", "[key]", "from 16 to 200"),
+        ("length_max = 200", "length_max = true", "[key]", "from 16 to 200"),
+        ("window_s = 86400", "window_s = -1", "the file", "'window_s'"),
+        ("window_s = 86400", "window_s = inf", "the file", "'window_s'"),
+        ('method = "POST"', 'method = "PO ST"', "[request]", "'method'"),
+        ('method = "POST"', 'method = "POST"\nbdy = {}', "[request]", "'bdy'"),
+        ('path = "/recharges"', 'path = "recharges"', "[request]", "'path'"),
+        ('path = "/recharges"', 'path = "/a/../b"', "[request]", "'path'"),
+        ('path = "/recharges"', 'path = "/a?b=c"', "[request]", "'path'"),
+        ('Key = "{key}"', "Key = 7", "[request.headers]", "must be a text"),
+        ("status = [429]", "status = []", "[answer.rules number 5]", "'status'"),
+        ("status = [429]", "status = [42]", "[answer.rules number 5]", "'status'"),
+        ("status = [429]", 'status = ["429"]', "[answer.rules number 5]", "'status'"),
+        (
+            'has = ["reference"]',
+            'has = "reference"',
+            "[answer.rules number 1]",
+            "'has'",
+        ),
+        ('["succeeded"]\nfailed', '["succeeded"]\nfaild', "[look_up]", "'failed'"),
+        ('rows = "recharges"', "rows = 7", "[look_up]", "'rows'"),
+        ('reversed = "reversed"', 'revrsed = "reversed"', "[look_up]", "'revrsed'"),
+    ],
+)
+def test_profile_with_what_nobody_knows_is_refused_by_its_place(
+    tmp_path: Path, old: str, new: str, table: str, said: str
+) -> None:
+    """A name that is left out in silence makes the rest mean something else."""
+    assert old in GENERIC
+
+    message = refusal(tmp_path, GENERIC.replace(old, new, 1))
+
+    assert message.startswith("RECHARGE_API_PROFILE")
+    for part in ("own.toml", table, said):
+        assert part in message
+
+
+@pytest.mark.parametrize("after", ["refuse", "lookup"])
+def test_settling_time_within_the_lease_is_refused_where_it_counts_after_the_window(
+    tmp_path: Path, after: str
+) -> None:
+    text = GENERIC.replace(
+        'kind_after_window = "none"', f'kind_after_window = "{after}"'
+    ).replace("settle_s = 120", "settle_s = 30")
+
+    message = refusal(tmp_path, text, RECHARGE_API_KIND="replay")
+
+    assert "RECHARGE_API_SETTLE_S" in message
+    assert "LEDGER_LEASE_S" in message
+
+
+def test_contradiction_says_so() -> None:
+    answer = profile().classify(429, DONE)
+
+    assert answer.classified is AnswerClass.UNKNOWN
+    assert answer.reason == "answer_contradicts_itself"
