@@ -383,8 +383,9 @@ def external_server_error(stage: Stage, account: Account) -> Facts:
     )
     if not stage.subject.is_naive:
         account.say(
-            "The first that fails may be parked as a probe: were it alone at fault, "
-            "all others would go on. The resolver brings it back."
+            "The first that fail are parked or released: were they alone at fault, "
+            "all others would go on. After three the circuit breaker opens, and the "
+            "others wait untried. The resolver brings back what was parked."
         )
     phases["answers 500"]()
     first, executed = _send_outage_orders(stage), _executions(stage)

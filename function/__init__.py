@@ -11,6 +11,7 @@ Read in this order, which is the order of one event, then of what surrounds it:
     placement.py      did the record come where its subscriber's records must come
     processing.py     claim, recharge, settle; doubt
     circuit_breaker.py  when most calls fail, none is made for a while
+    attempt_end.py    what becomes of an order when its call has ended: the truth table
     ledger.py         the statements; schema.py the tables; database.py connections
     recharge_api.py   the call; api_profile.py its meaning, closed_table.py how its file
                       is read; api_auth.py credentials;
@@ -38,7 +39,7 @@ LAYERS = (
     ("http_exchange",),
     ("config", "telemetry", "placement", "heads", "door", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),
-    ("rules",),
+    ("rules", "attempt_end"),
     ("migrate", "ledger", "recharge_api", "processing", "event_tokens"),
     ("operations", "retention", "reconcile", "replay", "grants", "resolver"),
     ("doctor.ledger", "doctor.api", "doctor.source", "doctor.topics"),

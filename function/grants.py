@@ -29,6 +29,8 @@ _PROGRESS: Final = (
     "sent_at",
     "attempts",
     "doubts",
+    "not_executed",
+    "not_before",
     "api_kind",
     "last_class",
     "reference",

@@ -50,7 +50,6 @@ from function.model import (
     AnswerClass,
     Claim,
     Entry,
-    Evidence,
     Line,
     Position,
     Refused,
@@ -64,7 +63,6 @@ from function.schema import (
     JustAfter,
     Now,
     attempt,
-    hinted,
     is_before,
     pause,
     quarantine,
@@ -143,7 +141,7 @@ class Ledger:
         }
         if not self._try_to_claim(_RECLAIM, values, token):
             return None
-        return Claim(token, entry.rendered_key, entry.doubts > 0)
+        return Claim(token, entry.rendered_key, entry.doubts > 0, entry.not_executed)
 
     def look(self, order: TopUp) -> tuple[Entry | None, Line]:
         """Read the order's row and what stands before it; one statement."""
@@ -153,19 +151,16 @@ class Ledger:
         with connected(self._engine) as connection:
             row = connection.execute(_LOOK, values).one()
         blocker = Status(row.blocker) if row.blocker else None
-        is_paused = row.paused is not None
-        line = Line(is_paused, blocker, bool(row.is_stuck), row.paused or "")
-        return (_entry(row) if row.idempotency_key else None), line
-
-    def evidence(self, key: str) -> Evidence:
-        """How others fared since the order's first attempt; one statement."""
-        with connected(self._engine) as connection:
-            row = connection.execute(_EVIDENCE, {"key": key}).one()
-        return Evidence(
-            bool(row.have_others_succeeded),
-            bool(row.have_others_failed),
-            bool(row.is_probe_out),
+        is_paused = bool(row.is_all_paused)
+        is_channel_paused = row.paused is not None and not is_paused
+        line = Line(
+            is_paused,
+            is_channel_paused,
+            blocker,
+            bool(row.is_stuck),
+            row.paused or "",
         )
+        return (_entry(row) if row.idempotency_key else None), line
 
     def due(
         self,
@@ -178,9 +173,9 @@ class Ledger:
     ) -> list[Stored]:
         """The orders that nobody else will bring on, each first in its line.
 
-        They are: held ones; in-flight ones whose lease is over; parked ones, if the
-        API can tell what became of them; those in doubt or released on which the
-        source has given up.
+        They are: held ones that may be tried by now; in-flight ones whose lease is
+        over; parked ones, if the API can tell what became of them; those in doubt or
+        released on which the source has given up.
 
         Args:
             given_up_s: age in seconds of the last change after which it has.
@@ -190,15 +185,18 @@ class Ledger:
             msisdn: only this subscriber's.
 
         """
-        values = {
+        values: dict[str, Any] = {
             "given_up_us": -round(given_up_s * _MICROS),
             "again_s": again_s,
             "is_parked_due": int(is_parked_due),
             "limit": limit,
-            "subscriber": msisdn,
         }
+        statement = _DUE
+        if msisdn is not None:
+            # A statement of its own, so that it is found by the subscriber's line.
+            statement, values["subscriber"] = _DUE_OF, msisdn
         with connected(self._engine) as connection:
-            return [_stored(row) for row in connection.execute(_DUE, values)]
+            return [_stored(row) for row in connection.execute(statement, values)]
 
     def accepted(self, *, again_s: float, watch_s: float, limit: int) -> list[Stored]:
         """Orders that the API took over, and those to watch for a late reversal.
@@ -266,11 +264,18 @@ class Ledger:
             return True
 
     def give_back(
-        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+        self,
+        key: str,
+        token: str,
+        answer: Answer,
+        *,
+        is_held: bool = False,
+        wait_s: float = 0.0,
     ) -> bool:
         """Release a claim under which nothing was executed.
 
-        Doubt is sticky: a row that was once in doubt goes back to in doubt.
+        Doubt is sticky: a row that was once in doubt is parked, with the answer's
+        reason. An answer that the API gave counts in the row (`not_executed`).
 
         Args:
             key: the idempotency key.
@@ -278,6 +283,7 @@ class Ledger:
             answer: the proof that nothing was executed.
             is_held: no record will come for it, so it waits in its line for the
                 resolver, not for a delivery.
+            wait_s: for so many seconds it must not be tried again; 0: at once.
 
         Returns False if the attempt holds the claim no more: nothing is changed.
 
@@ -287,9 +293,13 @@ class Ledger:
             "claim_token": token,
             "to_class": answer.classified,
             "to_status": Status.HELD if is_held else Status.RELEASED,
+            "to_reason": answer.reason[:_REASON_MAX],
+            "counted": int(answer.is_sent),
+            "wait_us": round(wait_s * _MICROS),
         }
+        statement = _GIVE_BACK_FOR_LATER if wait_s > 0 else _GIVE_BACK
         with transaction(self._engine) as connection:
-            if connection.execute(_GIVE_BACK, values).rowcount != 1:
+            if connection.execute(statement, values).rowcount != 1:
                 return False
             _record(connection, key, token, answer)
             return True
@@ -585,6 +595,8 @@ def _entry(row: Any) -> Entry:
         if row.first_sent_age_s is None
         else float(row.first_sent_age_s),
         doubts=row.doubts,
+        not_executed=row.not_executed,
+        wait_s=0.0 if row.may_try_age_s is None else -float(row.may_try_age_s),
         api_kind=row.api_kind,
         last_class=AnswerClass(row.last_class) if row.last_class else None,
         reference=row.reference,
@@ -720,6 +732,7 @@ _RECLAIM: Final = (
         updated_at=Now(),
         attempts=topup.c.attempts + 1,
         api_kind=bindparam("api_kind"),
+        not_before=None,
         reason="",
     )
 )
@@ -741,6 +754,7 @@ _ENTRY_COLUMNS: Final = (
     "token",
     "rendered_key",
     "doubts",
+    "not_executed",
     "api_kind",
     "last_class",
     "reference",
@@ -751,6 +765,8 @@ _LOOK: Final = select(
     AgeS(topup.c.sent_at).label("sent_age_s"),
     AgeS(topup.c.first_sent_at).label("first_sent_age_s"),
     case((topup.c.lease_until < Now(), 1), else_=0).label("is_lease_over"),
+    AgeS(topup.c.not_before).label("may_try_age_s"),
+    exists().where(pause.c.scope == "*").label("is_all_paused"),
     # Who did it and why: NULL where nothing is paused.
     select(pause.c.paused_by + literal(": ") + pause.c.reason)
     .where(_pauses(bindparam("channel")))
@@ -778,66 +794,6 @@ _LOOK: Final = select(
     .subquery("one")
     .outerjoin(topup, and_(true(), _KEY))
 )
-
-
-def _is_some(table: Any, *conditions: Any) -> Any:
-    """Whether there is such an order of another; found by status and time."""
-    query: Select[Any] = select(literal_column("1")).select_from(table)
-    query = query.where(*conditions)
-    return hinted(query, "by_status", table).correlate_except(table).exists()
-
-
-_other = topup.alias("other")
-_FAILED: Final = (Status.IN_DOUBT, Status.PARKED, Status.RELEASED)
-_since_first_attempt = and_(
-    _other.c.updated_at > topup.c.first_sent_at, _other.c.msisdn != topup.c.msisdn
-)
-_here = and_(
-    _other.c.topic.is_not_distinct_from(topup.c.topic),
-    _other.c.kafka_partition.is_not_distinct_from(topup.c.kafka_partition),
-)
-# Only a call that was made since shows that calls work: a look-up or a person's word
-# settles orders in the middle of an outage, too.
-_others_succeeded = _is_some(
-    _other,
-    _other.c.status.in_(_ANSWERED),
-    _since_first_attempt,
-    _other.c.sent_at >= topup.c.first_sent_at,
-)
-_success = topup.alias("success")
-_is_probe_out = _is_some(
-    _other,
-    _other.c.status == Status.PARKED.value,
-    _here,
-    # Of the same subscriber it shows nothing: that one alone may be the trouble.
-    _other.c.msisdn != topup.c.msisdn,
-    not_(
-        _is_some(
-            _success,
-            _success.c.status.in_(_ANSWERED),
-            # Not since its last change: the resolver tries it again and again.
-            _success.c.updated_at > _other.c.first_sent_at,
-            _success.c.sent_at >= _other.c.first_sent_at,
-            _success.c.topic.is_not_distinct_from(_other.c.topic),
-            _success.c.kafka_partition.is_not_distinct_from(_other.c.kafka_partition),
-        )
-    ),
-)
-_EVIDENCE: Final = select(
-    _others_succeeded.label("have_others_succeeded"),
-    _is_some(
-        _other,
-        _other.c.status.in_(_FAILED),
-        # At the same moment counts, too: SQLite's clock has but milliseconds.
-        _other.c.updated_at >= topup.c.first_sent_at,
-        _other.c.msisdn != topup.c.msisdn,
-    ).label("have_others_failed"),
-    # Not asked where it does not matter: the search for a success that isn't there
-    # walks every other one.
-    case((_others_succeeded, literal_column("0")), else_=_is_probe_out).label(
-        "is_probe_out"
-    ),
-).where(_KEY)
 
 
 # A doubt that the source still brings is looked at at each delivery.
@@ -872,7 +828,10 @@ _DUE: Final = (
     select(*_STORED_COLUMNS, case((_is_given_up, 1), else_=0).label("is_given_up"))
     .where(
         or_(
-            topup.c.status == Status.HELD.value,
+            and_(
+                topup.c.status == Status.HELD.value,
+                or_(topup.c.not_before.is_(None), topup.c.not_before <= Now()),
+            ),
             and_(
                 topup.c.status == Status.PARKED.value,
                 bindparam("is_parked_due") == 1,
@@ -882,9 +841,6 @@ _DUE: Final = (
             and_(topup.c.status.in_((Status.IN_DOUBT, Status.RELEASED)), _is_given_up),
         ),
         topup.c.status.in_([status.value for status in sorted(UNSETTLED)]),
-        or_(
-            bindparam("subscriber").is_(None), topup.c.msisdn == bindparam("subscriber")
-        ),
         not_(_is_paused(topup.c.channel)),
         or_(
             # A lost claim keeps its whole line from moving, wherever it stands in it.
@@ -901,6 +857,9 @@ _DUE: Final = (
     # Whoever was tried goes behind the others, so that none starves another.
     .order_by(func.coalesce(topup.c.looked_at, topup.c.place))
     .limit(bindparam("limit"))
+)
+_DUE_OF: Final = _DUE.where(
+    topup.c.msisdn == bindparam("subscriber"), topup.c.unsettled == 1
 )
 _followed = (
     select(*_STORED_COLUMNS, literal_column("0").label("is_given_up"))
@@ -943,12 +902,15 @@ _GIVE_BACK: Final = (
     .where(_HOLDS_CLAIM)
     .values(
         status=case(
-            (topup.c.doubts > 0, Status.IN_DOUBT.value), else_=bindparam("to_status")
+            (topup.c.doubts > 0, Status.PARKED.value), else_=bindparam("to_status")
         ),
+        reason=case((topup.c.doubts > 0, bindparam("to_reason")), else_=literal("")),
         last_class=bindparam("to_class"),
+        not_executed=topup.c.not_executed + bindparam("counted"),
         updated_at=Now(),
     )
 )
+_GIVE_BACK_FOR_LATER: Final = _GIVE_BACK.values(not_before=After(bindparam("wait_us")))
 _DOUBT: Final = (
     update(topup)
     .where(_HOLDS_CLAIM)

@@ -17,7 +17,7 @@ from function.errors import LedgerUnavailable, MigrationError
 from function.rules import Rules, write_rules
 
 #: The newest revision of migrations/ that this version knows; a test compares them.
-SCHEMA_REVISION: Final = "0003"
+SCHEMA_REVISION: Final = "0004"
 
 _LOCK_NAME: Final = "topup-migrate"
 _LOCK_WAIT_S: Final = 60

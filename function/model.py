@@ -24,11 +24,11 @@ class Status(StrEnum):
 
     #: Claimed by an attempt that may be calling the recharge API right now.
     IN_FLIGHT = "in_flight"
-    #: Sent, or perhaps sent, with no answer; the next delivery finds out.
+    #: Sent, or perhaps sent, with no answer; it is being found out, or parked.
     IN_DOUBT = "in_doubt"
-    #: In doubt for good: nothing automatic settles it, a person or the resolver does.
+    #: In doubt for longer: the resolver settles it, or a person where it can't.
     PARKED = "parked"
-    #: Waiting behind an unsettled earlier top-up of the same subscriber.
+    #: Waiting behind an unsettled earlier top-up of the same subscriber, or for a time.
     HELD = "held"
     #: Given back: provably nothing was executed; the next delivery claims it.
     RELEASED = "released"
@@ -199,6 +199,8 @@ class Claim(NamedTuple):
     rendered_key: str
     #: Whether an earlier attempt of this order had an unknown outcome.
     is_doubted: bool
+    #: How often the API has answered that it did not execute this order.
+    not_executed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +222,10 @@ class Entry:
     first_sent_age_s: float | None
     #: Attempts of unknown outcome so far; doubt is sticky.
     doubts: int
+    #: How often the API has answered that it did not execute this order.
+    not_executed: int
+    #: Seconds for which it must not be tried yet; 0 or less: it may be.
+    wait_s: float
     #: The API's kind when this was last sent; None if it never was, or nobody knows.
     api_kind: str | None
     #: Class of the last answer that was not a plain success, if any.
@@ -239,28 +245,16 @@ class Entry:
 class Line:
     """What stands before a top-up: the first unsettled one of its subscriber."""
 
-    #: An operator has paused this channel, or everything.
+    #: An operator has paused everything: partitions wait.
     is_paused: bool
+    #: An operator has paused this channel alone: its orders are kept in the ledger.
+    is_channel_paused: bool
     #: Status of the blocker, or None when this top-up is first in line.
     blocker: Status | None
     #: A parked or held one stands before it: its own record need not come again.
     is_stuck: bool
     #: Who has paused it, and why, in their own words.
     pause: str = ""
-
-
-class Evidence(NamedTuple):
-    """What tells a poisoned order from an outage: how others fared meanwhile.
-
-    "Others" are other subscribers' orders that changed since this one's first attempt.
-    """
-
-    #: One of them was answered: the API works, so this order is the trouble.
-    have_others_succeeded: bool
-    #: One of them failed: the API may be the trouble.
-    have_others_failed: bool
-    #: One of them in this partition was parked, and none succeeded in it since.
-    is_probe_out: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,13 +292,14 @@ class Outcome(Enum):
     #: Recorded behind another one of its subscriber whose own record comes again.
     WAITING = "waiting"
     RELEASED = "released"
-    IN_DOUBT = "in_doubt"
     PARKED = "parked"
+    #: The API answered too often that it did not execute it: the resolver tries later.
+    POSTPONED = "postponed"
     #: Recorded behind one that nothing automatic will settle soon.
     HELD = "held"
     REFUSED_US = "refused_us"
     PAUSED = "paused"
-    #: Most calls fail, and each try would be a doubt for good: recorded, not called.
+    #: The API looks down: recorded, and not called.
     CIRCUIT_OPEN = "circuit_open"
     DRAINING = "draining"
     LEDGER_UNAVAILABLE = "ledger_unavailable"

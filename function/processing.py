@@ -7,6 +7,9 @@ or import a library: the ledger and the recharge API are handed in.
     call    once, under a hard deadline that is shorter than the claim's lease
     settle  one statement, committed before the 2xx
 
+What becomes of an order whose answer was lost is in attempt_end.py; while most calls
+fail, circuit_breaker.py lets none be made.
+
 A process may die at every `# Crash here:`; the comment says what is on disk then.
 """
 
@@ -17,15 +20,23 @@ from threading import Lock
 from typing import Final, Protocol
 
 from function.api_profile import ApiProfile, Kind
+from function.attempt_end import (
+    DEFINITE,
+    FINAL,
+    NEEDS_PERSON,
+    Attempt,
+    Way,
+    end_of_attempt,
+    is_nothing_executed,
+    way_out,
+)
 from function.circuit_breaker import CircuitBreaker, Permit
 from function.errors import ClaimUncertain, LedgerUnavailable
 from function.model import (
-    NOTHING_EXECUTED,
     Answer,
     AnswerClass,
     Claim,
     Entry,
-    Evidence,
     Finding,
     Line,
     LookUp,
@@ -40,9 +51,8 @@ from function.model import (
 _ROUNDS_MAX: Final = 4
 #: Answers kept in memory because the ledger could not be reached after the call.
 _OWED_MAX: Final = 10_000
-#: While others fail, too, an order waits for so many unknown outcomes before it is the
-#: probe: two poisoned ones at the head of two partitions would wait for each other.
-_OUTAGE_DOUBTS_MAX: Final = 6
+#: Longest reason of a row, in characters.
+_REASON_MAX: Final = 64
 #: Pause between two tries to settle, in seconds.
 _SETTLE_PAUSE_S: Final = 0.2
 
@@ -51,11 +61,6 @@ _SETTLED: Final = {
     Status.ACCEPTED: Outcome.ACCEPTED,
     Status.REJECTED: Outcome.REJECTED,
     Status.ABANDONED: Outcome.ABANDONED,
-}
-_FINAL: Final = {
-    AnswerClass.DONE: Outcome.SUCCEEDED,
-    AnswerClass.ACCEPTED: Outcome.ACCEPTED,
-    AnswerClass.NO: Outcome.REJECTED,
 }
 _CIRCUIT_OPEN: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="circuit_open")
 _NOT_SENT: Final = Answer(AnswerClass.RETRY, is_sent=False, reason="claim_uncertain")
@@ -69,7 +74,13 @@ class LedgerPort(Protocol):
     def look(self, order: TopUp) -> tuple[Entry | None, Line]: ...
     def settle(self, key: str, token: str, answer: Answer) -> bool: ...
     def give_back(
-        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+        self,
+        key: str,
+        token: str,
+        answer: Answer,
+        *,
+        is_held: bool = False,
+        wait_s: float = 0.0,
     ) -> bool: ...
     def doubt(
         self, key: str, token: str, answer: Answer, *, is_parked: bool
@@ -83,8 +94,7 @@ class LedgerPort(Protocol):
     def put_off(self, order: TopUp) -> bool: ...
     def overtake(self, order: TopUp) -> list[str]: ...
     def put_in_quarantine(self, refused: Refused) -> bool: ...
-    def evidence(self, key: str) -> Evidence: ...
-    def looked(self, key: str) -> None: ...
+    def wait_again(self, entry: Entry) -> bool: ...
 
 
 class RechargeApiPort(Protocol):
@@ -103,8 +113,8 @@ class Processing:
         profile: what the API does about a repeated key.
         deadline_s: hard end of a call, in seconds from before its claim.
         lease_s: the claims' lease, in seconds; greater than `deadline_s`.
-        is_resolver: this is the resolver: no record comes again for what it leaves
-            in doubt, so that is parked, and what is parked is looked at.
+        is_resolver: this is the resolver: no record comes again for what it brings
+            on, and it takes up what is parked.
         is_draining: true once no new call may begin.
         alert: told of what a person must look at: an action and the key.
         monotonic: the pod's clock, in seconds.
@@ -137,7 +147,9 @@ class Processing:
         self._monotonic = monotonic
         self._sleep = sleep
         self._owed = _Owed()
-        self._breaker = CircuitBreaker(alert)
+        #: Whether calls may be made now; the resolver asks it, too.
+        self.breaker = CircuitBreaker(alert)
+        self._is_refusal_told = False
 
     def process(self, order: TopUp) -> Receipt:
         """Bring one delivery of an order to an outcome.
@@ -147,30 +159,29 @@ class Processing:
                 was committed.
 
         """
-        started = self._monotonic()
-        with self._breaker.permit(started) as permit:
-            receipt = self._bring_on(order, permit)
-            if receipt.outcome is Outcome.IN_DOUBT:
-                return self._park_or_wait(order, receipt, started, permit)
-            return receipt
+        with self.breaker.permit(self._monotonic()) as permit:
+            return self._bring_on(order, permit)
 
-    def resume(self, order: TopUp) -> Receipt:
+    def resume(self, order: TopUp, permit: Permit) -> Receipt:
         """Bring on an order that is in the ledger; what the resolver does.
+
+        Args:
+            order: as it was recorded.
+            permit: from `breaker`, taken before anything else.
 
         Raises:
             LedgerUnavailable: as `process`.
 
         """
-        with self._breaker.permit(self._monotonic()) as permit:
-            for _ in range(_ROUNDS_MAX):
-                started = self._monotonic()
-                entry, line = self._ledger.look(order)
-                if entry is None:
-                    continue
-                receipt = self._resume(order, entry, line, started, permit)
-                if receipt is not None:
-                    return receipt
-            return Receipt(Outcome.IN_FLIGHT, reason="contended")
+        for _ in range(_ROUNDS_MAX):
+            looked = self._monotonic()
+            entry, line = self._ledger.look(order)
+            if entry is None:
+                continue
+            receipt = self._resume(order, entry, line, looked, permit)
+            if receipt is not None:
+                return receipt
+        return Receipt(Outcome.IN_FLIGHT, reason="contended")
 
     def _bring_on(self, order: TopUp, permit: Permit) -> Receipt:
         """Claim it and send it, or go on where the ledger says it stands."""
@@ -186,7 +197,8 @@ class Processing:
                     order.idempotency_key, lambda: self._ledger.claim(order)
                 )
             if claim is not None:
-                return self._recharge(order, claim, started, permit)
+                receipt = self._recharge(order, claim, started, permit)
+                return receipt or self.resume(order, permit)
             entry, line = self._ledger.look(order)
             if entry is None:
                 # Its own record may not come again, so it is recorded before it is
@@ -221,73 +233,49 @@ class Processing:
                 return Receipt(Outcome.IN_FLIGHT)
             self._ledger.expire(entry)
             return None
-        if line.is_paused or line.blocker is not None:
-            return self._wait(order, line)
+        return (
+            self._wait(order, entry, line)
+            if _must_wait(line)
+            else (self._go_on(order, entry, looked, permit))
+        )
+
+    def _go_on(
+        self, order: TopUp, entry: Entry, looked: float, permit: Permit
+    ) -> Receipt | None:
+        """It is first in its line, and nothing is paused."""
         if entry.status in {Status.IN_DOUBT, Status.PARKED}:
             return self._settle_doubt(order, entry, looked, permit)
+        if entry.wait_s > 0:
+            is_held = entry.status is Status.HELD
+            outcome = Outcome.POSTPONED if is_held else Outcome.RELEASED
+            return Receipt(outcome, reason="not_before")
         return self._send_again(order, entry, self._monotonic(), permit)
 
-    def _park_or_wait(
-        self, order: TopUp, doubt: Receipt, started: float, permit: Permit
-    ) -> Receipt:
-        """Tell a poisoned order from an outage, so that it holds up nobody else.
-
-        What others achieved since its first attempt decides; and where nothing else
-        happens, a probe: one order of the partition is parked, and if the next one
-        succeeds it was this one, if it fails too it is an outage, and the partition
-        waits (docs/ARCHITECTURE.md, One stuck subscriber).
-        """
-        is_fresh = doubt.attempt is not None
-        if is_fresh and self._monotonic() - started < self._deadline_s / 2:
-            # There is time to find out at once, before anybody is held up.
-            receipt = self._settle_at_once(order, permit)
-            if receipt is not None:
-                return receipt
-        # The source still brings it, so nobody has given up on it.
-        self._ledger.looked(order.idempotency_key)
-        evidence = self._ledger.evidence(order.idempotency_key)
-        entry, _ = self._ledger.look(order)
-        if entry is None or entry.status is not Status.IN_DOUBT:
-            return doubt
-        if evidence.have_others_succeeded:
-            return self._park(entry, "others_succeed") or doubt
-        is_outage = evidence.have_others_failed and entry.doubts < _OUTAGE_DOUBTS_MAX
-        if is_outage or evidence.is_probe_out:
-            return doubt
-        return self._park(entry, "probe") or doubt
-
-    def _settle_at_once(self, order: TopUp, permit: Permit) -> Receipt | None:
-        """Try once to end a fresh doubt; None if it stays one."""
-        looked = self._monotonic()
-        entry, line = self._ledger.look(order)
-        if entry is None or entry.status is not Status.IN_DOUBT:
-            return None
-        if not entry.is_first_attempt:
-            # What was of no use before waits.
-            return None
-        if line.is_paused or line.blocker is not None:
-            return None
-        receipt = self._settle_doubt(order, entry, looked, permit)
-        is_ended = receipt is not None and receipt.outcome is not Outcome.IN_DOUBT
-        return receipt if is_ended else None
-
-    def _wait(self, order: TopUp, line: Line) -> Receipt | None:
+    def _wait(self, order: TopUp, entry: Entry, line: Line) -> Receipt | None:
         """Say why it can't run now; what the source has given up on is parked."""
         if line.is_paused:
             return Receipt(Outcome.PAUSED, reason=line.pause)
+        if line.is_channel_paused:
+            return self._keep(entry)
         if line.is_stuck:
             return Receipt(Outcome.HELD)
         overtaken = self._ledger.overtake(order)
         for key in overtaken:
             self._alert("earlier_overtaken", key, "source_gave_up")
-        if overtaken:
+        return None if overtaken else Receipt(Outcome.WAITING)
+
+    def _keep(self, entry: Entry) -> Receipt | None:
+        """Keep in the ledger what concerns one channel alone; the resolver goes on."""
+        if entry.status is Status.IN_DOUBT:
+            return self._park(entry, "channel_paused")
+        if entry.status is Status.RELEASED and not self._ledger.wait_again(entry):
             return None
-        return Receipt(Outcome.WAITING)
+        return Receipt(Outcome.HELD, reason="channel_paused")
 
     def _send_again(
         self, order: TopUp, entry: Entry, started: float, permit: Permit
     ) -> Receipt | None:
-        """Claim a known row anew and send; None means that it changed meanwhile."""
+        """Claim a known row anew and send; None means look again."""
         if self._is_draining():
             return Receipt(Outcome.DRAINING)
         if not permit:
@@ -312,42 +300,55 @@ class Processing:
 
     def _recharge(
         self, order: TopUp, claim: Claim, started: float, permit: Permit
-    ) -> Receipt:
-        """Call the API under a claim, and write down how it ended."""
+    ) -> Receipt | None:
+        """Call the API under a claim, and write down how it ended; None: look again."""
         # Crash here: in flight, and its lease runs out; the redelivery treats it as
         # in doubt (test_crash_points: claim_committed, call_unsent).
         if not permit:
             # It opened while the claim was written.
-            self._finish(order, claim, _CIRCUIT_OPEN, started + self._lease_s)
-            return Receipt(Outcome.CIRCUIT_OPEN)
-        deadline = started + self._deadline_s
-        answer = self._api.recharge(order, claim.rendered_key, deadline)
+            receipt = self._finish(order, claim, _CIRCUIT_OPEN, started + self._lease_s)
+            is_released = receipt and receipt.outcome is Outcome.RELEASED
+            return Receipt(Outcome.CIRCUIT_OPEN) if is_released else receipt
+        answer = self._api.recharge(
+            order, claim.rendered_key, started + self._deadline_s
+        )
         # Crash here: as above, though the answer was here (answer_arrived).
         self._note(order, answer, permit)
-        return self._finish(order, claim, answer, started + self._lease_s)
+        has_time = self._monotonic() - started < self._deadline_s / 2
+        return self._finish(
+            order,
+            claim,
+            answer,
+            started + self._lease_s,
+            may_find_out=has_time and bool(permit) and not self._is_draining(),
+        )
 
     def _note(self, order: TopUp, answer: Answer, permit: Permit) -> None:
-        """Tell the breaker how a call ended, where each try would be a doubt for good.
-
-        For the other kinds what others achieved tells an outage from a poisoned order
-        (`_park_or_wait`).
-        """
-        if self._profile.kind is not Kind.NONE:
-            return
-        if answer.classified in _FINAL:
+        """Tell the breaker, and a person when the API begins to refuse us."""
+        if answer.classified in FINAL:
+            self._is_refusal_told = False
             permit.answered()
             return
         reason = answer.reason or answer.classified.value
         permit.failed(order.msisdn, reason, self._monotonic(), answer.retry_after_s)
+        if answer.classified is AnswerClass.OURS and not self._is_refusal_told:
+            self._is_refusal_told = True
+            self._alert("refused_us", order.idempotency_key, reason)
 
     def _finish(
-        self, order: TopUp, claim: Claim, answer: Answer, give_up_at: float
-    ) -> Receipt:
+        self,
+        order: TopUp,
+        claim: Claim,
+        answer: Answer,
+        give_up_at: float,
+        *,
+        may_find_out: bool = False,
+    ) -> Receipt | None:
         """Write the answer; try again until the lease is over, then owe it."""
         self._owed.put(claim.token, answer)
         while True:
             try:
-                receipt = self._write(order, claim, answer)
+                receipt = self._write(order, claim, answer, may_find_out=may_find_out)
             except LedgerUnavailable:
                 if self._monotonic() + _SETTLE_PAUSE_S >= give_up_at:
                     # The log is the second memory, should this process die, too.
@@ -373,42 +374,39 @@ class Processing:
                 # (settlement_committed).
                 return receipt
 
-    def _write(self, order: TopUp, claim: Claim, answer: Answer) -> Receipt:
+    def _write(
+        self, order: TopUp, claim: Claim, answer: Answer, *, may_find_out: bool
+    ) -> Receipt | None:
         """One transition for one answer, by the token; fenced off, read again."""
         key, token = order.idempotency_key, claim.token
-        outcome = self._outcome(answer)
-        if outcome in {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED}:
+        end = end_of_attempt(
+            answer,
+            Attempt(
+                self._profile.kind,
+                is_resolver=self._is_resolver,
+                is_doubted=claim.is_doubted,
+                not_executed=claim.not_executed,
+                may_find_out=may_find_out,
+            ),
+        )
+        if answer.classified in FINAL:
             is_written = self._ledger.settle(key, token, answer)
-        elif outcome in {Outcome.RELEASED, Outcome.REFUSED_US}:
+        elif is_nothing_executed(answer):
+            is_held = end.status is Status.HELD
             is_written = self._ledger.give_back(
-                key, token, answer, is_held=self._is_resolver
+                key, token, answer, is_held=is_held, wait_s=end.wait_s
             )
-            if claim.is_doubted:
-                outcome = Outcome.IN_DOUBT
         else:
-            is_parked = outcome is Outcome.PARKED
+            is_parked = end.status is Status.PARKED
             is_written = self._ledger.doubt(key, token, answer, is_parked=is_parked)
         if not is_written:
             return self._fenced_off(order, claim, answer)
-        if outcome in {Outcome.PARKED, Outcome.REFUSED_US} or (
-            answer.classified is AnswerClass.OURS
-        ):
-            self._alert(outcome.value, key, answer.reason)
-        reason = answer.reason if outcome is not Outcome.SUCCEEDED else ""
-        return Receipt(outcome, answer.reference, reason, attempt=token)
-
-    def _outcome(self, answer: Answer) -> Outcome:
-        """What an answer means for an order, given what is known of it (pure)."""
-        # A no to a second send is final, too: it is sent again only within a replay
-        # window, when the first was looked up and absent, or when a person decided.
-        final = _FINAL.get(answer.classified)
-        if final is not None:
-            return final
-        if answer.classified in NOTHING_EXECUTED or not answer.is_sent:
-            is_ours = answer.classified is AnswerClass.OURS
-            return Outcome.REFUSED_US if is_ours else Outcome.RELEASED
-        is_for_good = self._is_resolver or self._profile.kind is Kind.NONE
-        return Outcome.PARKED if is_for_good else Outcome.IN_DOUBT
+        if end.status is Status.IN_DOUBT:
+            return None
+        if end.needs_person:
+            self._alert(Outcome.PARKED.value, key, answer.reason)
+        reason = answer.reason if end.outcome is not Outcome.SUCCEEDED else ""
+        return Receipt(end.outcome, answer.reference, reason, attempt=token)
 
     def _fenced_off(self, order: TopUp, claim: Claim, answer: Answer) -> Receipt:
         """Another took the claim over: keep the evidence, answer what the row says.
@@ -423,12 +421,13 @@ class Processing:
             return Receipt(outcome, entry.reference, entry.reason, attempt=claim.token)
         is_parked = entry and entry.status is Status.PARKED
         is_own = entry and entry.token == claim.token
-        if is_parked and is_own and answer.classified not in _FINAL:
-            # Our own, too: a person must still hear of it.
-            self._alert(Outcome.PARKED.value, key, answer.reason)
+        if is_parked and is_own and answer.classified not in FINAL:
+            if self._profile.kind is Kind.NONE:
+                # Our own, too: a person must still hear of it.
+                self._alert(Outcome.PARKED.value, key, answer.reason)
             return Receipt(Outcome.PARKED, reason=answer.reason, attempt=claim.token)
         if self._ledger.keep_evidence(key, claim.token, answer):
-            outcome = _FINAL[answer.classified]
+            outcome = FINAL[answer.classified]
             return Receipt(outcome, answer.reference, attempt=claim.token)
         entry, _ = self._ledger.look(order)
         settled = _SETTLED.get(entry.status) if entry else None
@@ -443,35 +442,25 @@ class Processing:
     ) -> Receipt | None:
         """Find out what became of the last attempt, as far as the API can tell.
 
-        The deadline of what is sent within a window runs from before the row was read:
-        a process that sleeps here finds its window over, and must not send.
+        The function tries that once and parks what stays unknown; the resolver goes
+        on. The deadline of what is sent within a window runs from before the row was
+        read: a process that sleeps here finds its window over, and must not send.
         """
-        kind = self._profile.kind
-        if entry.api_kind != kind:
-            # What was sent to one kind of API is not repeated to another; nor is what
-            # an early revision sent, of which nobody knows to which.
-            is_known = entry.api_kind is not None
-            return self._park(
-                entry, "api_kind_changed" if is_known else "api_kind_unknown"
-            )
-        is_used = entry.last_class is AnswerClass.SAME_REFERENCE
-        if kind is Kind.REPLAY and is_used and self._profile.look_up is not None:
-            # The first one got there: asking ends it, and repeating does not.
-            return self._look_up(order, entry, permit)
-        if kind is Kind.REPLAY:
-            # What is sent now may land as late as the settling time says.
-            age_s = (entry.first_sent_age_s or 0.0) + self._profile.settle_s
-            if age_s >= self._profile.window_s:
-                # A repeated key protects no more, so it is never sent again.
-                kind = self._profile.kind_after_window
-            else:
-                return self._send_again(order, entry, looked, permit)
-        if kind in {Kind.REFUSE, Kind.LOOKUP}:
-            return self._look_up(order, entry, permit)
-        return self._park(entry, "cannot_be_found_out")
+        way = way_out(entry, self._profile)
+        if not isinstance(way, Way):
+            return self._park(entry, way)
+        if not permit:
+            return self._park(entry, "circuit_open")
+        if entry.doubts > 1 and not self._is_resolver:
+            return self._park(entry, "unknown")
+        if way is Way.REPEAT:
+            return self._send_again(order, entry, looked, permit)
+        return self._look_up(order, entry, permit)
 
     def _look_up(self, order: TopUp, entry: Entry, permit: Permit) -> Receipt | None:
         found = self._api.look_up(entry.rendered_key)
+        if found.finding in DEFINITE:
+            permit.answered()
         match found.finding:
             case Finding.EXECUTED:
                 answer = Answer(AnswerClass.DONE, reference=found.reference)
@@ -480,7 +469,7 @@ class Processing:
                 entry.is_first_attempt or self._has_settled(entry)
             ):
                 # It may tell of an earlier attempt, and the last one can still land.
-                return Receipt(Outcome.IN_DOUBT, reason="not_settled_yet")
+                return self._park(entry, "not_settled_yet")
             case Finding.FAILED:
                 answer = Answer(AnswerClass.NO, reason="looked_up_failed")
                 return self._end_doubt(entry, answer)
@@ -497,12 +486,15 @@ class Processing:
                 return self._park(entry, reason)
             case Finding.ABSENT:
                 return self._absent(order, entry, permit)
-        return Receipt(Outcome.IN_DOUBT, reason=found.reason or found.finding.value)
+            case Finding.UNKNOWN:
+                reason = found.reason or found.finding.value
+                permit.failed(order.msisdn, reason, self._monotonic(), 0)
+        return self._park(entry, found.reason or found.finding.value)
 
     def _absent(self, order: TopUp, entry: Entry, permit: Permit) -> Receipt | None:
         """Nothing found: proof only once the attempt can't land any more."""
         if not self._has_settled(entry):
-            return Receipt(Outcome.IN_DOUBT, reason="not_settled_yet")
+            return self._park(entry, "not_settled_yet")
         if entry.last_class is AnswerClass.SAME_REFERENCE:
             # The API knows the reference and yet finds nothing: it contradicts itself.
             return self._park(entry, "used_but_absent")
@@ -518,17 +510,22 @@ class Processing:
         if not self._ledger.end_doubt(entry, answer):
             return None
         reason = answer.reason
-        return Receipt(_FINAL[answer.classified], answer.reference, reason)
+        return Receipt(FINAL[answer.classified], answer.reference, reason)
 
     def _park(self, entry: Entry, reason: str) -> Receipt | None:
-        """Leave it to a person, who is told once for each reason."""
+        """Leave it to the resolver, or to a person, who is told once for each reason.
+
+        What stands in a person's row stays there until another such reason.
+        """
         is_parked = entry.status is Status.PARKED
-        if is_parked and entry.reason == reason:
-            return Receipt(Outcome.PARKED, reason=reason)
+        needs_person = reason in NEEDS_PERSON
+        if is_parked and (entry.reason == reason or not needs_person):
+            return Receipt(Outcome.PARKED, reason=entry.reason or reason)
         write = self._ledger.note if is_parked else self._ledger.park
-        if not write(entry, reason):
+        if not write(entry, reason[:_REASON_MAX]):
             return None
-        self._alert(Outcome.PARKED.value, entry.idempotency_key, reason)
+        if needs_person:
+            self._alert(Outcome.PARKED.value, entry.idempotency_key, reason)
         return Receipt(Outcome.PARKED, reason=reason)
 
     def _refuse_reused_key(self, order: TopUp) -> Receipt:
@@ -546,6 +543,10 @@ class Processing:
         return Receipt(Outcome.KEY_REUSED)
 
 
+def _must_wait(line: Line) -> bool:
+    return line.is_paused or line.is_channel_paused or line.blocker is not None
+
+
 def _repetition(outcome: Outcome, entry: Entry) -> Receipt:
     return Receipt(outcome, entry.reference, entry.reason, is_repetition=True)
 
@@ -561,7 +562,7 @@ def _is_own_settlement(entry: Entry, claim: Claim, answer: Answer) -> bool:
     is_accepted = answer.classified is AnswerClass.ACCEPTED
     if is_accepted and entry.last_class is AnswerClass.ACCEPTED:
         return entry.status in _SETTLED
-    is_same = _SETTLED.get(entry.status) is _FINAL.get(answer.classified, None)
+    is_same = _SETTLED.get(entry.status) is FINAL.get(answer.classified, None)
     return entry.status in _SETTLED and is_same and entry.reference == answer.reference
 
 
@@ -571,14 +572,14 @@ def _contradicts(entry: Entry, answer: Answer) -> bool:
     is_other = None not in {answer.reference, entry.reference} and (
         answer.reference != entry.reference
     )
-    outcome = _FINAL.get(answer.classified, settled)
+    outcome = FINAL.get(answer.classified, settled)
     is_taken = {outcome, settled} <= {Outcome.SUCCEEDED, Outcome.ACCEPTED}
     return is_other or not (outcome is settled or is_taken)
 
 
 def _claim_of(entry: Entry, token: str) -> Claim:
     is_doubted = entry.doubts > 0
-    return Claim(token, entry.rendered_key, is_doubted)
+    return Claim(token, entry.rendered_key, is_doubted, entry.not_executed)
 
 
 class _Owed:

@@ -10,16 +10,22 @@ claim protocol as the function, so any number of resolvers and pods may race.
 Each round: parked orders that the API can be asked about, held ones that are first in
 their subscriber's line, claims whose lease is over, orders on which the source has
 given up, accepted ones up to their end, and succeeded ones that may be taken back.
+Several subscribers are brought on at a time, each in its own order. While the circuit
+breaker is open a round makes no call and ends.
 """
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from function import telemetry
 from function.api_auth import make_authenticator
 from function.api_profile import ApiProfile, Kind, load_profile
+from function.attempt_end import DEFINITE
+from function.circuit_breaker import Permit
 from function.config import Settings
 from function.database import make_engine
 from function.errors import EventError, LedgerUnavailable
@@ -42,23 +48,14 @@ from function.recharge_api import RechargeApi
 #: What one round counts, by outcome.
 Counts = Counter[str]
 
+#: Brings on several subscribers: one after the other (`map`), or by threads.
+MapLines = Callable[[Callable[[Stored], Counts], Iterable[Stored]], Iterable[Counts]]
+
 #: The most orders of one kind in a round; the rest comes in the next.
-_BATCH: Final = 200
-#: So many in a row that can't be settled end a round: hammering is no help.
-_FAILURES_MAX: Final = 20
+_BATCH: Final = 1_000
 
 _SETTLED: Final = frozenset(
     {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED, Outcome.ABANDONED}
-)
-#: After these a released order, whose record will not come, waits in line again.
-_FAILED: Final = frozenset(
-    {
-        Outcome.RELEASED,
-        Outcome.REFUSED_US,
-        Outcome.IN_DOUBT,
-        Outcome.CIRCUIT_OPEN,
-        Outcome.DRAINING,
-    }
 )
 #: Why an accepted order needs a person.
 _TOLD: Final = frozenset({"accepted_overdue", "accepted_but_absent"})
@@ -81,6 +78,8 @@ class Resolver:
             person's case.
         is_stopping: true once no new order may be taken up.
         alert: told of what a person must look at.
+        map_lines: runs a function over subscribers' orders, perhaps several at once.
+        monotonic: the process's clock, in seconds.
 
     """
 
@@ -97,6 +96,8 @@ class Resolver:
         accepted_max_s: float,
         is_stopping: Callable[[], bool] = lambda: False,
         alert: Callable[..., None] = telemetry.alert,
+        map_lines: MapLines = map,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
         self._processing = processing
@@ -108,6 +109,8 @@ class Resolver:
         self._accepted_max_s = accepted_max_s
         self._is_stopping = is_stopping
         self._alert = alert
+        self._map_lines = map_lines
+        self._monotonic = monotonic
 
     def run(self, stop: threading.Event, interval_s: float) -> None:
         """Run rounds until told to stop; an unreachable ledger is waited for.
@@ -139,15 +142,16 @@ class Resolver:
 
         """
         counts: Counts = Counter()
-        failures = 0
-        for stored in self._due():
-            if self._is_stopping() or failures >= _FAILURES_MAX:
-                break
-            outcome = self._bring_on(stored)
-            counts[outcome.value] += 1
-            failures = 0 if outcome in _SETTLED else failures + 1
-            if outcome in _SETTLED:
-                counts.update(self._drain(stored.msisdn))
+        is_over = threading.Event()
+        lines = self._map_lines(
+            lambda stored: self._bring_on_line(stored, is_over), self._due()
+        )
+        try:
+            for each in lines:
+                counts.update(each)
+        finally:
+            # What other threads have not begun yet is for the next round.
+            is_over.set()
         counts.update(self._follow())
         return counts
 
@@ -160,7 +164,7 @@ class Resolver:
             LedgerUnavailable: what was begun is safe; run it again.
 
         """
-        counts = self._drain(msisdn)
+        counts = self._drain(msisdn, threading.Event())
         return sum(counts[outcome.value] for outcome in _SETTLED)
 
     def _due(self, msisdn: str | None = None) -> list[Stored]:
@@ -172,33 +176,51 @@ class Resolver:
             msisdn=msisdn,
         )
 
-    def _drain(self, msisdn: str) -> Counts:
+    def _bring_on_line(self, stored: Stored, is_over: threading.Event) -> Counts:
+        """Go on with one order, and with what is held behind it."""
+        counts: Counts = Counter()
+        outcome = self._bring_on(stored, is_over)
+        if outcome is not None:
+            counts[outcome.value] += 1
+        if outcome in _SETTLED:
+            counts.update(self._drain(stored.msisdn, is_over))
+        return counts
+
+    def _drain(self, msisdn: str, is_over: threading.Event) -> Counts:
         """Each settled order makes the next one first in line.
 
         Crash here: what was claimed is in flight, and its lease runs out; the rest is
         held, and any resolver or pod goes on (tests/e2e/test_resolver.py).
         """
         counts: Counts = Counter()
-        while not self._is_stopping():
+        while True:
             held = [each for each in self._due(msisdn) if each.status is Status.HELD]
-            if not held:
-                break
-            outcome = self._bring_on(held[0])
+            outcome = self._bring_on(held[0], is_over) if held else None
+            if outcome is None:
+                return counts
             counts[outcome.value] += 1
             if outcome not in _SETTLED:
-                break
-        return counts
+                return counts
 
-    def _bring_on(self, stored: Stored) -> Outcome:
-        """Go on with one order; what it raises puts aside that order alone."""
-        try:
-            return self._go_on(stored)
-        except LedgerUnavailable:
-            raise
-        # Whatever nobody foresaw: the next order must not pay for it.
-        except Exception as error:  # noqa: BLE001
-            self._put_aside(stored, error)
-            return Outcome.UNFORESEEN
+    def _bring_on(self, stored: Stored, is_over: threading.Event) -> Outcome | None:
+        """Go on with one order; what it raises puts aside that order alone.
+
+        Returns None, and the round is over, while no call may be made.
+        """
+        if self._is_stopping() or is_over.is_set():
+            return None
+        with self._processing.breaker.permit(self._monotonic()) as permit:
+            if not permit:
+                is_over.set()
+                return None
+            try:
+                return self._go_on(stored, permit)
+            except LedgerUnavailable:
+                raise
+            # Whatever nobody foresaw: the next order must not pay for it.
+            except Exception as error:  # noqa: BLE001
+                self._put_aside(stored, error)
+                return Outcome.UNFORESEEN
 
     def _put_aside(self, stored: Stored, error: Exception) -> None:
         """Leave an order for a later round, behind the others, and tell a person."""
@@ -206,7 +228,7 @@ class Resolver:
         self._alert("order_put_aside", stored.idempotency_key, type(error).__name__)
         self._ledger.looked(stored.idempotency_key)
 
-    def _go_on(self, stored: Stored) -> Outcome:
+    def _go_on(self, stored: Stored, permit: Permit) -> Outcome:
         """Go on with one order where the ledger says it stands."""
         order = self._restore(stored)
         if order is None or not stored.is_given_up:
@@ -216,7 +238,7 @@ class Resolver:
             self._ledger.looked(stored.idempotency_key)
         if order is None:
             return Outcome.UNFORESEEN
-        receipt = self._processing.resume(order)
+        receipt = self._processing.resume(order, permit)
         telemetry.log(
             "resolved",
             key=order.idempotency_key,
@@ -226,24 +248,15 @@ class Resolver:
             reference=receipt.reference,
             subscriber=telemetry.mask(order.msisdn),
         )
-        self._leave(order, stored, receipt.outcome)
+        if receipt.outcome not in _SETTLED:
+            self._leave(order)
         return receipt.outcome
 
-    def _leave(self, order: TopUp, stored: Stored, outcome: Outcome) -> None:
+    def _leave(self, order: TopUp) -> None:
         """Leave a row so that it is found again: no record will come for it."""
         entry, _ = self._ledger.look(order)
-        if entry is None:
-            return
-        if entry.status is Status.RELEASED and outcome in _FAILED:
+        if entry is not None and entry.status is Status.RELEASED:
             self._ledger.wait_again(entry)
-            return
-        # Of a claim whose lease is over the record may still come again.
-        will_come = stored.status is Status.IN_FLIGHT and not stored.is_given_up
-        if entry.status is not Status.IN_DOUBT or will_come:
-            return
-        is_parked = self._ledger.park(entry, "source_gave_up")
-        if is_parked and stored.status is not Status.PARKED:
-            self._alert("parked", entry.idempotency_key, "source_gave_up")
 
     def _restore(self, stored: Stored) -> TopUp | None:
         try:
@@ -258,7 +271,7 @@ class Resolver:
         for stored in self._ledger.accepted(
             again_s=self._again_s, watch_s=self._watch_s, limit=_BATCH
         ):
-            if self._is_stopping():
+            if self._is_stopping() or self._is_pausing():
                 break
             self._ledger.looked(stored.idempotency_key)
             if stored.status is Status.SUCCEEDED and not stored.payload:
@@ -278,6 +291,9 @@ class Resolver:
                 counts[outcome] += 1
         return counts
 
+    def _is_pausing(self) -> bool:
+        return self._processing.breaker.is_pausing(self._monotonic())
+
     def _follow_one(self, order: TopUp) -> str | None:
         key = order.idempotency_key
         entry, _ = self._ledger.look(order)
@@ -287,6 +303,7 @@ class Resolver:
         found = LookUp(Finding.UNKNOWN)
         if self._profile.look_up is not None:
             found = self._api.look_up(entry.rendered_key)
+            self._note(order, found)
         if entry.status is Status.SUCCEEDED:
             if found.finding is not Finding.REVERSED:
                 return None
@@ -312,6 +329,15 @@ class Resolver:
         if not self._ledger.end_doubt(entry, answer):
             return None
         return answer.classified.value
+
+    def _note(self, order: TopUp, found: LookUp) -> None:
+        """Tell the breaker whether the API could be asked."""
+        now = self._monotonic()
+        with self._processing.breaker.permit(now) as permit:
+            if found.finding is Finding.UNKNOWN:
+                permit.failed(order.msisdn, found.reason or "unknown", now, 0)
+            elif found.finding in DEFINITE:
+                permit.answered()
 
     def _tell_once(self, entry: Entry, finding: Finding) -> None:
         """Alert, and note in the row, why an accepted recharge needs a person."""
@@ -361,4 +387,5 @@ def make_resolver(
         watch_s=settings.recharge_api_reversal_watch_s,
         accepted_max_s=settings.recharge_api_accepted_max_s,
         is_stopping=is_stopping,
+        map_lines=ThreadPoolExecutor(settings.server_threads, "line").map,
     )

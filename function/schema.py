@@ -110,6 +110,11 @@ topup: Final = Table(
     #: Claims so far, and how many of them ended without a known outcome.
     Column("attempts", Integer, nullable=False),
     Column("doubts", Integer, nullable=False),
+    #: How often the API has answered that it did not execute this order. The default is
+    #: for the revision before, which does not know the column.
+    Column("not_executed", Integer, nullable=False, server_default="0"),
+    #: Not to be tried before; NULL: at once.
+    Column("not_before", _MOMENT),
     #: Class of the last answer that was not a plain success.
     Column("last_class", ascii_text(16)),
     #: The recharge API's own.

@@ -28,7 +28,8 @@ _RECORDED: Final = (
     Outcome.PAUSED,
     Outcome.RELEASED,
     Outcome.REFUSED_US,
-    Outcome.IN_DOUBT,
+    Outcome.CIRCUIT_OPEN,
+    Outcome.POSTPONED,
     Outcome.PARKED,
 )
 #: Knative's dispatcher brings these again (besides errors of the connection).

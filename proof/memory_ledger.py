@@ -21,7 +21,6 @@ from function.model import (
     AnswerClass,
     Claim,
     Entry,
-    Evidence,
     Line,
     Position,
     Refused,
@@ -37,7 +36,6 @@ MICROS: Final = 1_000_000
 _UNSETTLED: Final = tuple(UNSETTLED)
 _ANSWERED: Final = (Status.SUCCEEDED, Status.ACCEPTED, Status.REJECTED)
 _UNHELD: Final = (Status.IN_DOUBT, Status.PARKED, Status.HELD, Status.RELEASED)
-_FAILED: Final = (Status.IN_DOUBT, Status.PARKED, Status.RELEASED)
 _STUCK: Final = (Status.PARKED, Status.HELD)
 #: Each useless attempt doubles the pause before a parked order is looked at again.
 _DOUBLINGS_MAX: Final = 8
@@ -68,6 +66,8 @@ class Row:
     sent_at: int | None = None
     attempts: int = 0
     doubts: int = 0
+    not_executed: int = 0
+    not_before: int | None = None
     api_kind: str | None = None
     last_class: str | None = None
     reference: str | None = None
@@ -164,8 +164,10 @@ class MemoryLedger(Ledger):
         row.sent_at = row.updated_at = now
         row.attempts += 1
         row.api_kind = self._profile.kind
+        row.not_before = None
         row.reason = ""
-        return Claim(row.token, entry.rendered_key, entry.doubts > 0)
+        is_doubted = entry.doubts > 0
+        return Claim(row.token, entry.rendered_key, is_doubted, entry.not_executed)
 
     def look(self, order: TopUp) -> tuple[Entry | None, Line]:
         """As `Ledger.look`."""
@@ -181,8 +183,10 @@ class MemoryLedger(Ledger):
             )
         ]
         first = min(before, key=lambda each: each.place_in_line, default=None)
+        is_all_paused = "*" in self.paused
         line = Line(
-            self._is_paused(_channel(order)),
+            is_all_paused,
+            self._is_paused(_channel(order)) and not is_all_paused,
             first.status if first else None,
             any(each.status in _STUCK for each in before),
             self.paused.get("*") or self.paused.get(_channel(order)) or "",
@@ -204,15 +208,25 @@ class MemoryLedger(Ledger):
         return True
 
     def give_back(
-        self, key: str, token: str, answer: Answer, *, is_held: bool = False
+        self,
+        key: str,
+        token: str,
+        answer: Answer,
+        *,
+        is_held: bool = False,
+        wait_s: float = 0.0,
     ) -> bool:
         """As `Ledger.give_back`."""
         row = self._claimed(key, token)
         if row is None:
             return False
         status = Status.HELD if is_held else Status.RELEASED
-        self._change(row, Status.IN_DOUBT if row.doubts else status)
+        self._change(row, Status.PARKED if row.doubts else status)
+        row.reason = answer.reason if row.doubts else ""
         row.last_class = answer.classified
+        row.not_executed += int(answer.is_sent)
+        if wait_s > 0:
+            row.not_before = self._now() + round(wait_s * MICROS)
         self._record(key, token, answer)
         return True
 
@@ -340,29 +354,6 @@ class MemoryLedger(Ledger):
         self.quarantined[identity] = refused
         return True
 
-    def evidence(self, key: str) -> Evidence:
-        """As `Ledger.evidence`."""
-        row = self.orders[key]
-        since = row.first_sent_at
-        others = [each for each in self.orders.values() if each.msisdn != row.msisdn]
-        have_succeeded = since is not None and any(
-            each.status in _ANSWERED
-            and each.updated_at > since
-            and each.sent_at is not None
-            and each.sent_at >= since
-            for each in others
-        )
-        have_failed = since is not None and any(
-            each.status in _FAILED and each.updated_at >= since for each in others
-        )
-        is_probe_out = not have_succeeded and any(
-            each.status is Status.PARKED
-            and _partition(each) == _partition(row)
-            and not self._has_succeeded_since(each)
-            for each in others
-        )
-        return Evidence(have_succeeded, have_failed, is_probe_out)
-
     def looked(self, key: str) -> None:
         """As `Ledger.looked`."""
         row = self.orders.get(key)
@@ -389,7 +380,7 @@ class MemoryLedger(Ledger):
             )
             match row.status:
                 case Status.HELD:
-                    is_due = True
+                    is_due = row.not_before is None or row.not_before <= self._now()
                 case Status.PARKED:
                     is_due = is_parked_due and self._is_parked_unlooked(row, again_s)
                 case Status.IN_FLIGHT:
@@ -552,6 +543,8 @@ class MemoryLedger(Ledger):
             sent_age_s=self._age_s(row.sent_at),
             first_sent_age_s=self._age_s(row.first_sent_at),
             doubts=row.doubts,
+            not_executed=row.not_executed,
+            wait_s=-(self._age_s(row.not_before) or 0.0),
             api_kind=row.api_kind,
             last_class=AnswerClass(row.last_class) if row.last_class else None,
             reference=row.reference,
@@ -594,17 +587,6 @@ class MemoryLedger(Ledger):
         doublings = max(0, row.doubts - 1)
         pause_s = again_s * 2 ** min(_DOUBLINGS_MAX, doublings)
         return bool(self._now() - row.looked_at >= pause_s * MICROS)
-
-    def _has_succeeded_since(self, probe: Row) -> bool:
-        since = probe.first_sent_at
-        return since is not None and any(
-            each.status in _ANSWERED
-            and each.updated_at > since
-            and each.sent_at is not None
-            and each.sent_at >= since
-            and _partition(each) == _partition(probe)
-            for each in self.orders.values()
-        )
 
     def _age_s(self, moment: int | None) -> float | None:
         return None if moment is None else (self._now() - moment) / MICROS

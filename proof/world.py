@@ -217,6 +217,7 @@ class _Process:
             accepted_max_s=ACCEPTED_MAX_S,
             is_stopping=lambda: self.is_draining,
             alert=world.alert,
+            monotonic=world.monotonic,
         )
         #: Of a resolver: when it begins its next round.
         self.round_at = world.scheduler.now
@@ -224,7 +225,7 @@ class _Process:
         self.task: Task | None = None
 
 
-_READS: Final = frozenset({"look", "evidence", "due", "accepted"})
+_READS: Final = frozenset({"look", "due", "accepted"})
 _CLAIMS: Final = frozenset({"claim", "reclaim"})
 #: What a person may have to decide about.
 _FOR_PERSONS: Final = (Status.PARKED, Status.IN_DOUBT, Status.ACCEPTED)

@@ -291,7 +291,8 @@ def test_doubt_is_sticky_when_a_later_attempt_was_not_sent(ledger: Ledger) -> No
 
     assert ledger.give_back("app:r1", claim.token, RETRY)
 
-    assert entry_of(ledger, order()).status is Status.IN_DOUBT
+    entry = entry_of(ledger, order())
+    assert (entry.status, entry.reason) == (Status.PARKED, "connection_error")
 
 
 def test_reclaim_is_only_for_the_very_attempt_that_was_read(ledger: Ledger) -> None:
@@ -487,7 +488,7 @@ def test_pause_says_who_and_why(ledger: Ledger, database: Database) -> None:
 
     line = ledger.look(order())[1]
 
-    assert (line.is_paused, line.pause) == (True, "ann: fraud")
+    assert (line.is_channel_paused, line.pause) == (True, "ann: fraud")
 
 
 def test_reason_of_a_parked_order_is_in_its_row_until_it_is_called_again(
@@ -593,7 +594,9 @@ def test_pause_stops_every_claim_and_lets_orders_be_recorded(
 
     assert ledger.claim(other) is None
     assert ledger.reclaim(entry) is None
-    assert ledger.look(other)[1].is_paused
+    line = ledger.look(other)[1]
+    assert line.is_paused == (scope == "*")
+    assert line.is_channel_paused == (scope == "app")
     assert ledger.hold(other)
 
     database.resume()
@@ -608,84 +611,55 @@ def test_pause_of_another_channel_stops_nothing(
     claimed(ledger, order())
 
 
-OTHER = order("other", msisdn="+393330000001")
+TOO_MANY = Answer(AnswerClass.RETRY, http_status=429, reason="status_429")
 
 
-def first_sent(database: Database, topup: TopUp, when: str) -> None:
-    database.change(topup.idempotency_key, first_sent_at=when)
+def test_answers_that_nothing_was_executed_are_counted(ledger: Ledger) -> None:
+    claim = claimed(ledger, order())
+    assert ledger.give_back("app:r1", claim.token, TOO_MANY)
+    again = ledger.reclaim(entry_of(ledger, order()))
+    assert again is not None
+    assert again.not_executed == 1
+
+    assert ledger.give_back("app:r1", again.token, TOO_MANY)
+
+    assert entry_of(ledger, order()).not_executed == 2
 
 
-@pytest.mark.parametrize(
-    ("status", "have_succeeded", "have_failed"),
-    [
-        (Status.SUCCEEDED, True, False),
-        (Status.ACCEPTED, True, False),
-        (Status.REJECTED, True, False),
-        (Status.IN_DOUBT, False, True),
-        (Status.PARKED, False, True),
-        (Status.RELEASED, False, True),
-        (Status.IN_FLIGHT, False, False),
-        (Status.HELD, False, False),
-    ],
-)
-def test_how_others_fared_counts_only_since_the_first_attempt(
-    ledger: Ledger,
-    database: Database,
-    status: Status,
-    *,
-    have_succeeded: bool,
-    have_failed: bool,
+def test_what_was_never_sent_is_no_answer(ledger: Ledger) -> None:
+    claim = claimed(ledger, order())
+
+    assert ledger.give_back("app:r1", claim.token, RETRY)
+
+    assert entry_of(ledger, order()).not_executed == 0
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_order_waits_for_as_long_as_it_is_told(
+    ledger: Ledger, database: Database, *, is_held: bool
 ) -> None:
-    in_doubt(ledger, order())
-    make(status, ledger, database, OTHER)
+    claim = claimed(ledger, order())
 
-    first_sent(database, order(), "2999-01-01 00:00:00")
-    assert ledger.evidence("app:r1")[:2] == (False, False)
+    assert ledger.give_back("app:r1", claim.token, TOO_MANY, is_held=is_held, wait_s=60)
 
-    first_sent(database, order(), "2001-01-01 00:00:00")
-    assert ledger.evidence("app:r1")[:2] == (have_succeeded, have_failed)
+    entry = entry_of(ledger, order())
+    assert 50 < entry.wait_s <= 60
+    assert due(ledger) == []
 
-
-def test_orders_of_the_same_subscriber_are_no_evidence(
-    ledger: Ledger, database: Database
-) -> None:
-    token = claimed(ledger, order("r0")).token
-    assert ledger.settle("app:r0", token, DONE)
-    in_doubt(ledger, order())
-    first_sent(database, order(), "2001-01-01 00:00:00")
-
-    assert not ledger.evidence("app:r1").have_others_succeeded
+    database.change(not_before="2001-01-01 00:00:00")
+    entry = entry_of(ledger, order())
+    assert entry.wait_s < 0
+    assert due(ledger) == ([("app:r1", False)] if is_held else [])
+    assert ledger.reclaim(entry) is not None
+    assert database.row("app:r1")["not_before"] is None
 
 
-def test_probe_is_out_until_something_succeeds_in_its_partition(
-    ledger: Ledger, database: Database
-) -> None:
-    probe = order("probe", msisdn="+393330000001", offset=1)
-    make(Status.PARKED, ledger, database, probe)
-    in_doubt(ledger, order(offset=2))
-    in_doubt(ledger, order("r2", msisdn="+393330000002", offset=2, partition=1))
-    # Where others have succeeded meanwhile it would not matter, and is not asked.
-    first_sent(database, order(), "2999-01-01 00:00:00")
-    assert ledger.evidence("app:r1").is_probe_out
-    assert not ledger.evidence("app:r2").is_probe_out
+def test_order_that_may_be_tried_at_once_waits_for_nothing(ledger: Ledger) -> None:
+    claim = claimed(ledger, order())
 
-    elsewhere = order("r3", msisdn="+393330000003", offset=3, partition=1)
-    make(Status.SUCCEEDED, ledger, database, elsewhere)
-    assert ledger.evidence("app:r1").is_probe_out
+    assert ledger.give_back("app:r1", claim.token, TOO_MANY)
 
-    here = order("r4", msisdn="+393330000004", offset=4)
-    make(Status.SUCCEEDED, ledger, database, here)
-    assert not ledger.evidence("app:r1").is_probe_out
-
-
-def test_parked_order_of_the_same_subscriber_is_no_probe(
-    ledger: Ledger, database: Database
-) -> None:
-    in_doubt(ledger, order("r1", offset=1))
-    assert ledger.hold(order("r2", offset=2))
-    database.change("app:r2", status="parked")
-
-    assert not ledger.evidence("app:r1").is_probe_out
+    assert entry_of(ledger, order()).wait_s == 0
 
 
 def due(ledger: Ledger, **changes: object) -> list[tuple[str, bool]]:

@@ -139,7 +139,7 @@ class Machine(RuleBasedStateMachine):
         assert self.ledger.give_back(topup.idempotency_key, token, NOT_SENT) == expected
 
         if expected and row:
-            self.move(row, Status.IN_DOUBT if row.is_doubted else Status.RELEASED)
+            self.move(row, Status.PARKED if row.is_doubted else Status.RELEASED)
 
     @rule(topup=some_order, is_owner=st.booleans(), is_parked=st.booleans())
     def doubt(self, topup: TopUp, *, is_owner: bool, is_parked: bool) -> None:

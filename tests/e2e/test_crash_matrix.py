@@ -92,16 +92,18 @@ def test_killed_at_a_few_boundaries_every_order_ends_once(tmp_path: Path) -> Non
     ("old", "new", "finding"),
     [
         pytest.param(
-            '        return self._park(entry, "cannot_be_found_out")',
-            "        return self._send_again(order, entry, looked)",
+            "        if not isinstance(way, Way):\n"
+            "            return self._park(entry, way)",
+            "        if not isinstance(way, Way):\n"
+            "            return self._send_again(order, entry, looked, permit)",
             "DOUBLE",
             id="sent again without knowing",
         ),
         pytest.param(
-            "        answer = self._api.recharge(order, claim.rendered_key, deadline)",
+            "        answer = self._api.recharge(\n",
             '        early = Answer(AnswerClass.DONE, reference="early")\n'
             "        self._ledger.settle(order.idempotency_key, claim.token, early)\n"
-            "        answer = self._api.recharge(order, claim.rendered_key, deadline)",
+            "        answer = self._api.recharge(\n",
             "the book: 0 times",
             id="settled before the call",
         ),

@@ -9,7 +9,6 @@ from function.model import Finding, LookUp, Outcome
 from tests.conftest import Database
 from tests.integration.test_parking import (
     FAILED,
-    LOST,
     REVERSED,
     A,
     B,
@@ -151,20 +150,6 @@ def test_unreadable_payloads_starve_nobody(database: Database) -> None:
     assert ("payload_unreadable", "app:o000") in rpod.alerts
 
 
-def test_doubt_that_still_comes_is_not_given_up(database: Database) -> None:
-    """An outage may last longer than the source's longest pause."""
-    pod = Pod(database, Kind.REFUSE)
-    pod.outage()
-    pod.doubt(order())
-    age(database)
-    pod.api.findings = [LOST]
-    assert pod.deliver(order()) is Outcome.IN_DOUBT
-
-    due = pod.ledger.due(given_up_s=900, again_s=9e9, is_parked_due=False, limit=9)
-
-    assert due == []
-
-
 def test_tries_of_the_resolver_do_not_make_the_next_subscriber_wait(
     database: Database,
 ) -> None:
@@ -270,28 +255,6 @@ def test_used_reference_of_a_replay_api_is_looked_up(database: Database) -> None
 
     assert pod.deliver(order()) is Outcome.SUCCEEDED
     assert len(pod.api.sent) == 1
-
-
-def test_settlement_by_look_up_is_no_evidence_that_calls_work(
-    database: Database,
-) -> None:
-    """Else an outage would park every head, one after the other."""
-    pod = Pod(database, Kind.REPLAY)
-    resolver, rpod = resolver_of(database, Kind.REPLAY)
-    old = order("old", msisdn=B, partition=9)
-    assert pod.deliver(old, ACCEPTED) is Outcome.ACCEPTED
-    database.execute("UPDATE topup SET sent_at = '2001-01-01 00:00:00'")
-    assert first(pod, order("a", msisdn=A, offset=1)) is Outcome.PARKED
-    rpod.api.findings = [EXECUTED]
-
-    def follow() -> None:
-        pod.api.meanwhile = lambda: None
-        resolver._follow()
-
-    pod.api.meanwhile = follow
-
-    assert first(pod, order("c", msisdn=C, offset=2)) is Outcome.IN_DOUBT
-    assert pod.status(order("old")) == "succeeded"
 
 
 def test_parking_whose_answer_is_lost_is_still_an_alert(database: Database) -> None:

@@ -110,7 +110,6 @@ def process(ledger: Ledger) -> None:
     assert claim
     assert ledger.doubt("app:r1", claim.token, UNKNOWN, is_parked=False)
     ledger.looked("app:r1")
-    ledger.evidence("app:r1")
     assert ledger.park(entry(first), "looked_up_in_vain")
     assert not ledger.overtake(order("r3", offset=3))
     assert not ledger.expire(entry(first))

@@ -39,7 +39,7 @@ def test_times_have_microseconds_on_mariadb(mariadb_database: Database) -> None:
     columns = inspect(mariadb_database.engine).get_columns("topup")
     moments = [each for each in columns if "DATETIME" in str(each["type"]).upper()]
 
-    assert len(moments) == 7
+    assert len(moments) == 8
     assert {getattr(each["type"], "fsp", None) for each in moments} == {6}
 
 

@@ -275,23 +275,6 @@ def test_resolver_finds_what_is_due_without_the_settled(engine: Engine) -> None:
     assert len(due) == 200
 
 
-@pytest.mark.parametrize("age", ["oldest", "newest"])
-def test_evidence_is_found_by_index(engine: Engine, age: str) -> None:
-    """Of an order from before all the others, and of one after them."""
-    profile = load_profile(settings_of({"LEDGER_DATABASE_URL": "sqlite://"}))
-    ledger = Ledger(engine, profile, lease_s=30)
-    direction = "ASC" if age == "oldest" else "DESC"
-    with engine.connect() as connection:
-        key = connection.exec_driver_sql(
-            "SELECT idempotency_key FROM topup WHERE status = 'in_doubt'"  # noqa: S608
-            f" ORDER BY updated_at {direction} LIMIT 1"
-        ).scalar_one()
-
-    for plan in plans(engine, lambda: ledger.evidence(key)):
-        assert plan["type"] not in {"ALL", "index"}, plan
-        assert plan["key"] in {"PRIMARY", "by_status"}, plan
-
-
 def test_purge_walks_by_status_and_deletes_by_key(
     engine: Engine, retention: Retention
 ) -> None:

@@ -1,5 +1,6 @@
 """One stuck subscriber holds up nobody else; an outage parks nobody for good."""
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -16,6 +17,8 @@ from tests.integration.test_processing import (
     EXECUTED,
     NO,
     NOT_SENT,
+    OURS,
+    SAME_CONTENT,
     UNKNOWN,
     Pod,
 )
@@ -41,6 +44,7 @@ def resolver_of(database: Database, kind: Kind, **more: object) -> tuple[Resolve
         watch_s=3600,
         accepted_max_s=600,
         alert=lambda action, key, *_, **_fields: pod.alerts.append((action, key)),
+        monotonic=lambda: pod.now,
     )
     return resolver, pod
 
@@ -81,77 +85,52 @@ def test_answer_that_took_long_is_not_asked_for_at_once(pod: Pod) -> None:
     assert pod.api.asked == []
 
 
-def test_poisoned_order_is_parked_when_others_succeed_meanwhile(pod: Pod) -> None:
-    other = order("b1", msisdn=B, offset=1, partition=1)
-
-    def others_go_on() -> None:
-        pod.api.meanwhile = lambda: None
-        pod.api.answers.insert(0, DONE)
-        assert pod.processing.process(other).outcome is Outcome.SUCCEEDED
-
-    pod.api.meanwhile = others_go_on
-    poisoned = order("a1", msisdn=A, offset=1)
-
-    assert first(pod, poisoned) is Outcome.PARKED
-    assert pod.deliver(order("a2", msisdn=A, offset=2)) is Outcome.HELD
-    assert pod.deliver(order("c1", msisdn=C, offset=3), DONE) is Outcome.SUCCEEDED
-
-
-def test_first_order_of_an_idle_partition_is_the_probe(pod: Pod) -> None:
-    """Nothing else happens: the next subscriber shows which of the two it is."""
+def test_poisoned_order_is_parked_at_once_and_holds_only_its_own_line(
+    pod: Pod,
+) -> None:
+    """Whether others succeed meanwhile or nothing else happens at all."""
     assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.PARKED
+    assert first(pod, order("b1", msisdn=B, offset=2)) is Outcome.PARKED
 
-    # The next one succeeds, so it was that order.
-    assert pod.deliver(order("b1", msisdn=B, offset=2), DONE) is Outcome.SUCCEEDED
-
-
-def test_outage_parks_one_probe_and_lets_the_partition_wait(pod: Pod) -> None:
-    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.PARKED
-
-    waiting = order("b1", msisdn=B, offset=2)
-    assert first(pod, waiting) is Outcome.IN_DOUBT
-    again = [FAILED] if pod.profile.kind is Kind.REPLAY else []
-    for _ in range(20):
-        pod.api.findings = [LOST]
-        assert pod.deliver(waiting, *again) is Outcome.IN_DOUBT
-    assert pod.status(waiting) == "in_doubt"
-
-
-def test_outage_seen_elsewhere_parks_nobody(pod: Pod) -> None:
-    """Another partition's order fails, too, while this one's first attempt runs."""
-    claim = pod.ledger.claim(order("b1", msisdn=B, offset=1, partition=1))
-    assert claim
-
-    def other_fails() -> None:
-        pod.api.meanwhile = lambda: None
-        assert pod.ledger.doubt("app:b1", claim.token, FAILED, is_parked=False)
-
-    pod.api.meanwhile = other_fails
-
-    assert first(pod, order("a1", msisdn=A, offset=1)) is Outcome.IN_DOUBT
+    assert pod.deliver(order("a2", msisdn=A, offset=3)) is Outcome.HELD
+    assert pod.deliver(order("c1", msisdn=C, offset=4), DONE) is Outcome.SUCCEEDED
+    assert pod.alerts == []
 
 
 def test_two_poisoned_heads_do_not_wait_for_each_other(pod: Pod) -> None:
-    """Each sees the other fail, and takes it for an outage, but not for ever."""
     one = order("a1", msisdn=A, offset=1)
     other = order("b1", msisdn=B, offset=1, partition=1)
-    outcomes: list[Outcome] = []
-    for topup in (one, other):
-        pod.doubt(topup)
-    for _ in range(30):
-        for topup in (one, other):
-            pod.api.findings = [LOST]
-            answers = [FAILED] if pod.profile.kind is Kind.REPLAY else []
-            if outcomes and Outcome.PARKED in outcomes:
-                break
-            if pod.profile.kind is not Kind.REPLAY:
-                # A look-up is no attempt; the settling time makes it one.
-                pod.let_time_pass()
-                pod.api.findings, answers = [ABSENT], [FAILED]
-            outcomes.append(pod.deliver(topup, *answers))
 
-    assert Outcome.PARKED in outcomes
-    assert outcomes.count(Outcome.IN_DOUBT) >= 5
+    assert [first(pod, topup) for topup in (one, other)] == [Outcome.PARKED] * 2
+
+
+def test_outage_parks_a_few_and_lets_the_others_wait(pod: Pod) -> None:
+    """An hour of it; each trial that fails is parked, and nobody is told of each."""
+    waiting = iter(
+        order(f"o{number}", msisdn=f"+39333000{number:04}", offset=number)
+        for number in range(500)
+    )
+    current, outcomes = next(waiting), []
+    for _ in range(3600):
+        pod.now += 1
+        is_replay = pod.profile.kind is Kind.REPLAY
+        pod.api.answers = [FAILED] * (2 if is_replay else 1)
+        pod.api.findings = [] if is_replay else [LOST]
+        outcomes.append(pod.processing.process(current).outcome)
+        if outcomes[-1] is Outcome.PARKED:
+            current = next(waiting)
+
+    assert set(outcomes) == {Outcome.PARKED, Outcome.CIRCUIT_OPEN}
+    assert 60 <= outcomes.count(Outcome.PARKED) <= 3 + 66
+    assert pod.status(current) == "released"
+    assert pod.alerts == [("circuit_opened", "")]
+
+    pod.now += 60
+    pod.api.answers, pod.api.findings = [], []
+    for _ in range(3):
+        assert pod.deliver(current, DONE) is Outcome.SUCCEEDED
+        current = next(waiting)
+    assert pod.alerts == [("circuit_opened", ""), ("circuit_closed", "")]
 
 
 def test_unreachable_api_parks_nobody(pod: Pod) -> None:
@@ -162,7 +141,102 @@ def test_unreachable_api_parks_nobody(pod: Pod) -> None:
     assert pod.status(topup) == "released"
 
 
-def test_probe_of_an_outage_is_taken_up_by_the_resolver(
+TOO_MANY = Answer(AnswerClass.RETRY, http_status=429, reason="status_429")
+
+
+@pytest.mark.parametrize("answer", [TOO_MANY, SAME_CONTENT])
+def test_third_answer_that_nothing_was_executed_postpones_the_order(
+    pod: Pod, database: Database, answer: Answer
+) -> None:
+    """It alone is refused for now, for ever: nobody else waits for it."""
+    poisoned = order("a1", msisdn=A, offset=1)
+    for _ in range(2):
+        assert pod.deliver(poisoned, answer) is Outcome.RELEASED
+    assert pod.deliver(poisoned, answer) is Outcome.POSTPONED
+
+    assert pod.status(poisoned) == "held"
+    assert pod.deliver(poisoned) is Outcome.POSTPONED
+    assert pod.deliver(order("a2", msisdn=A, offset=2)) is Outcome.HELD
+    assert pod.deliver(order("b1", msisdn=B, offset=3), DONE) is Outcome.SUCCEEDED
+    resolver, rpod = resolver_of(database, pod.profile.kind)
+    assert not resolver.run_once()
+    database.change("app:a1", not_before="2001-01-01 00:00:00")
+    rpod.api.answers = [DONE, DONE]
+    resolver.run_once()
+    assert [key for key, _ in rpod.api.sent] == ["app:a1", "app:a2"]
+
+
+def test_order_whose_wait_is_longer_than_the_longest_pause_is_postponed_at_once(
+    pod: Pod,
+) -> None:
+    answer = replace(TOO_MANY, retry_after_s=3600.0)
+
+    assert pod.deliver(order(), answer) is Outcome.POSTPONED
+
+    entry, _ = pod.ledger.look(order())
+    assert entry
+    assert 3500 < entry.wait_s <= 3600
+
+
+def test_wait_that_the_api_names_is_kept(pod: Pod) -> None:
+    answer = replace(TOO_MANY, retry_after_s=30.0)
+
+    assert pod.deliver(order(), answer) is Outcome.RELEASED
+    assert pod.deliver(order()) is Outcome.RELEASED
+    assert len(pod.api.sent) == 1
+
+
+def test_storm_of_refusals_opens_the_breaker_and_parks_nobody(pod: Pod) -> None:
+    for number in range(3):
+        topup = order(f"o{number}", msisdn=f"+3933300000{number}")
+        answer = replace(TOO_MANY, retry_after_s=20.0)
+        assert pod.deliver(topup, answer) is Outcome.RELEASED
+
+    pod.now += 19
+    other = order("other", msisdn="+393330000009")
+    assert pod.deliver(other) is Outcome.CIRCUIT_OPEN
+    pod.now += 1
+    assert pod.deliver(other, DONE) is Outcome.SUCCEEDED
+    assert pod.alerts == [("circuit_opened", ""), ("circuit_closed", "")]
+
+
+def test_api_that_refuses_us_is_told_once_until_it_answers_again(pod: Pod) -> None:
+    for _ in range(2):
+        assert pod.deliver(order(msisdn=A), OURS) is Outcome.REFUSED_US
+    assert pod.alerts == [("refused_us", "app:r1")]
+
+    assert pod.deliver(order("b", msisdn=B), DONE) is Outcome.SUCCEEDED
+    assert pod.deliver(order("c", msisdn=C), OURS) is Outcome.REFUSED_US
+    assert pod.alerts == [("refused_us", "app:r1"), ("refused_us", "app:c")]
+
+
+@pytest.mark.parametrize("state", ["new", "released", "in_doubt"])
+def test_paused_channel_holds_up_no_other(
+    pod: Pod, database: Database, state: str
+) -> None:
+    """Its orders are kept in the ledger, and run in order when it is resumed."""
+    topup = order("a1", msisdn=A, offset=1)
+    if state == "released":
+        assert pod.deliver(topup, NOT_SENT) is Outcome.RELEASED
+    elif state == "in_doubt":
+        pod.doubt(topup)
+    database.pause("app")
+
+    receipt = pod.processing.process(topup)
+
+    is_doubt = state == "in_doubt"
+    assert receipt.outcome is (Outcome.PARKED if is_doubt else Outcome.HELD)
+    assert receipt.reason == "channel_paused"
+    assert pod.status(topup) == ("parked" if is_doubt else "held")
+    resolver, rpod = resolver_of(database, pod.profile.kind)
+    assert not resolver.run_once()
+    database.execute("DELETE FROM pause")
+    rpod.api.findings, rpod.api.answers = [EXECUTED], [DONE]
+    resolver.run_once()
+    assert pod.status(topup) == "succeeded"
+
+
+def test_what_an_outage_parked_is_taken_up_by_the_resolver(
     pod: Pod, database: Database
 ) -> None:
     kind = pod.profile.kind
@@ -190,7 +264,7 @@ def test_absent_after_the_settling_time_is_called_by_the_resolver_in_order(
         pod.deliver(order(f"a{number}", msisdn=A, offset=number))
     resolver, rpod = resolver_of(database, Kind.REFUSE)
     rpod.api.findings = [ABSENT]
-    assert resolver.run_once()["in_doubt"] == 1
+    assert resolver.run_once()["parked"] == 1
     assert rpod.api.sent == []
 
     pod.let_time_pass()
@@ -409,7 +483,7 @@ def test_end_of_an_earlier_attempt_does_not_end_an_accepted_order(
 
 
 def test_held_orders_that_fail_starve_no_others(database: Database) -> None:
-    """More than end a round, and they were there first."""
+    """They open the breaker, which ends a round, and they were there first."""
     pod = Pod(database, Kind.REFUSE)
     database.pause("*")
     for number in range(25):
@@ -423,27 +497,31 @@ def test_held_orders_that_fail_starve_no_others(database: Database) -> None:
     rpod.api.answers = [Answer(AnswerClass.RETRY, http_status=429)] * 100
     rpod.api.findings = [EXECUTED]
 
-    for _ in range(2):
+    for _ in range(2 * 25):
+        rpod.now += 60
         resolver.run_once()
 
     assert pod.status(lost) == "succeeded"
 
 
-def test_given_up_order_that_meets_an_open_breaker_waits_in_line(
+def test_given_up_order_that_meets_an_open_breaker_is_found_again(
     database: Database,
 ) -> None:
-    """A held one is due in the next round, a released one when it is given up again."""
     pod = Pod(database, Kind.NONE)
     assert pod.deliver(order(), NOT_SENT) is Outcome.RELEASED
     database.change(updated_at="2001-01-01 00:00:00")
     resolver, rpod = resolver_of(database, Kind.NONE)
     for subscriber in (A, B, C):
-        with rpod.processing._breaker.permit(rpod.now) as permit:
+        with rpod.processing.breaker.permit(rpod.now) as permit:
             permit.failed(subscriber, "timeout", rpod.now, 0)
 
+    assert not resolver.run_once()
+    assert rpod.api.sent == []
+    rpod.now += 60
+    rpod.api.answers = [DONE]
     resolver.run_once()
 
-    assert pod.status(order()) == "held"
+    assert pod.status(order()) == "succeeded"
 
 
 @pytest.mark.parametrize("status", ["released", "in_doubt"])
@@ -500,7 +578,6 @@ def test_parked_order_that_became_a_persons_case_says_why_and_is_told_once(
     """Past the window nothing automatic ends it: who was told before must hear it."""
     pod = Pod(database, Kind.REPLAY)
     assert first(pod, order()) is Outcome.PARKED
-    assert database.row("app:r1")["reason"] == "probe"
     pod.let_time_pass()
     resolver, rpod = resolver_of(database, Kind.REPLAY)
 

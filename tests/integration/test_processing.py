@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -115,12 +116,13 @@ class Pod:
         assert self.ledger.doubt(key, claim.token, answer, is_parked=False)
         self.api.sent.append((key, claim.rendered_key))
 
-    def outage(self) -> None:
-        """Another order was parked as the probe, and nothing has succeeded since."""
-        probe = order("probe", msisdn="+393339999999")
-        claim = self.ledger.claim(probe)
-        assert claim
-        assert self.ledger.doubt("app:probe", claim.token, UNKNOWN, is_parked=True)
+    def take_up(self, topup: TopUp, *answers: Answer) -> Outcome:
+        """Go on with a recorded order, as the resolver does."""
+        self.api.answers += answers
+        with self.processing.breaker.permit(self.now) as permit:
+            outcome = self.processing.resume(topup, permit).outcome
+        assert not self.api.answers, "the API was not called as often as it should"
+        return outcome
 
     def status(self, topup: TopUp) -> object:
         return self.database.row(topup.idempotency_key)["status"]
@@ -148,11 +150,9 @@ class FailingLedger(Ledger):
         self._break()
         return super().settle(key, token, answer)
 
-    def give_back(
-        self, key: str, token: str, answer: Answer, *, is_held: bool = False
-    ) -> bool:
+    def give_back(self, key: str, token: str, answer: Answer, **options: Any) -> bool:
         self._break()
-        return super().give_back(key, token, answer, is_held=is_held)
+        return super().give_back(key, token, answer, **options)
 
     def reclaim(self, entry: Entry) -> Claim | None:
         claim = super().reclaim(entry)
@@ -199,20 +199,19 @@ def test_first_answer_ends_as_the_table_says(
 
 
 @pytest.mark.parametrize("answer", [UNKNOWN, SAME_REFERENCE])
-def test_unknown_outcome_is_in_doubt_or_parked_by_kind(
+def test_unknown_outcome_is_parked_and_told_where_nothing_automatic_ends_it(
     any_kind: Pod, answer: Answer
 ) -> None:
     is_none = any_kind.profile.kind is Kind.NONE
 
-    any_kind.outage()
     is_sent_again = any_kind.profile.kind is Kind.REPLAY and answer is UNKNOWN
     again = [answer] if is_sent_again else []
     any_kind.api.findings = [LookUp(Finding.UNKNOWN)]
 
     outcome = any_kind.deliver(order(), answer, *again)
 
-    assert outcome is (Outcome.PARKED if is_none else Outcome.IN_DOUBT)
-    assert any_kind.status(order()) == ("parked" if is_none else "in_doubt")
+    assert outcome is Outcome.PARKED
+    assert any_kind.status(order()) == "parked"
     assert bool(any_kind.alerts) is is_none
 
 
@@ -336,17 +335,16 @@ def test_no_within_a_replay_window_is_final_also_after_doubt(
     [
         (EXECUTED, Outcome.SUCCEEDED, "succeeded"),
         (LookUp(Finding.FAILED), Outcome.REJECTED, "rejected"),
-        (LookUp(Finding.PENDING), Outcome.IN_DOUBT, "in_doubt"),
-        (LookUp(Finding.UNKNOWN), Outcome.IN_DOUBT, "in_doubt"),
+        (LookUp(Finding.PENDING), Outcome.PARKED, "parked"),
+        (LookUp(Finding.UNKNOWN), Outcome.PARKED, "parked"),
         (LookUp(Finding.SEVERAL), Outcome.PARKED, "parked"),
-        (ABSENT, Outcome.IN_DOUBT, "in_doubt"),
+        (ABSENT, Outcome.PARKED, "parked"),
     ],
 )
 def test_doubt_is_looked_up_and_not_sent(
     database: Database, kind: Kind, found: LookUp, outcome: Outcome, status: str
 ) -> None:
     pod = Pod(database, kind)
-    pod.outage()
     pod.doubt(order())
     pod.api.findings = [found]
 
@@ -376,34 +374,32 @@ def test_absent_after_the_settling_time_is_sent_again_with_the_same_key(
 def test_failure_of_an_earlier_attempt_does_not_reject_while_the_last_can_land(
     database: Database, kind: Kind, found: LookUp
 ) -> None:
-    pod = Pod(database, kind)
-    pod.outage()
+    pod = Pod(database, kind, is_resolver=True)
     pod.doubt(order())
     database.change("app:r1", sent_at="2001-01-01", first_sent_at="2001-01-01")
     pod.api.findings = [ABSENT]
-    assert pod.deliver(order(), UNKNOWN) is Outcome.IN_DOUBT
+    assert pod.take_up(order(), UNKNOWN) is Outcome.PARKED
 
     # The list of the API has the first attempt, refused; the second is under way.
     pod.api.findings = [found]
-    assert pod.deliver(order()) is Outcome.IN_DOUBT
+    assert pod.take_up(order()) is Outcome.PARKED
 
     database.change("app:r1", sent_at="2001-01-02")
     pod.api.findings = [found]
-    assert pod.deliver(order()) is Outcome.REJECTED
+    assert pod.take_up(order()) is Outcome.REJECTED
 
 
 @pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP])
 def test_settling_time_counts_from_the_last_send(
     database: Database, kind: Kind
 ) -> None:
-    pod = Pod(database, kind)
-    pod.outage()
+    pod = Pod(database, kind, is_resolver=True)
     pod.doubt(order())
     pod.let_time_pass()
     pod.api.findings = [ABSENT, ABSENT]
-    assert pod.deliver(order(), UNKNOWN) is Outcome.IN_DOUBT
+    assert pod.take_up(order(), UNKNOWN) is Outcome.PARKED
 
-    assert pod.deliver(order()) is Outcome.IN_DOUBT
+    assert pod.take_up(order()) is Outcome.PARKED
     assert len(pod.api.sent) == 2
 
 
@@ -427,12 +423,11 @@ def test_used_reference_is_looked_up_and_never_a_no(database: Database) -> None:
 @pytest.mark.parametrize("answer", [NOT_SENT, LIMITED, OURS, SAME_CONTENT])
 def test_doubt_is_sticky(database: Database, answer: Answer) -> None:
     pod = Pod(database, Kind.REPLAY)
-    pod.outage()
     pod.doubt(order())
 
-    assert pod.deliver(order(), answer) is Outcome.IN_DOUBT
+    assert pod.deliver(order(), answer) is Outcome.PARKED
 
-    assert pod.status(order()) == "in_doubt"
+    assert pod.status(order()) == "parked"
 
 
 def test_none_is_never_sent_again(database: Database) -> None:
@@ -540,10 +535,11 @@ def test_success_settles_an_order_that_was_parked_meanwhile(
     assert pod.ledger.expire(entry)
     entry, _ = pod.ledger.look(order())
     assert entry
-    assert pod.ledger.park(entry, "others_succeed")
+    assert pod.ledger.park(entry, "read_timeout")
 
-    receipt = pod.processing._write(order(), claim, answer)
+    receipt = pod.processing._write(order(), claim, answer, may_find_out=False)
 
+    assert receipt
     assert receipt.outcome.value == pod.status(order())
     assert receipt.reference == "R-1"
 
@@ -560,7 +556,7 @@ def test_second_success_under_another_reference_is_an_alert(
     pod.api.findings = [ABSENT]
     assert pod.deliver(order(), replace(DONE, reference="R-2")) is Outcome.SUCCEEDED
 
-    pod.processing._write(order(), claim, DONE)
+    pod.processing._write(order(), claim, DONE, may_find_out=False)
 
     assert ("evidence_contradicts", "app:r1") in pod.alerts
 
@@ -815,7 +811,7 @@ def test_accepted_order_that_came_to_its_end_is_no_contradiction(
     assert pod.ledger.settle("app:r1", claim.token, ACCEPTED)
     database.change("app:r1", status=end)
 
-    assert pod.processing._write(order(), claim, ACCEPTED).outcome.value == end
+    assert pod.processing._fenced_off(order(), claim, ACCEPTED).outcome.value == end
     assert pod.alerts == []
 
 
