@@ -62,6 +62,8 @@ _FIELDS: Final = frozenset(
 _FIELDS_OF_LOOK_UP: Final = frozenset({"key"})
 _TAKEN: Final = frozenset({AnswerClass.DONE, AnswerClass.ACCEPTED})
 _NOT_TAKEN: Final = NOTHING_EXECUTED | {AnswerClass.NO}
+#: The reason of a look-up that shows others' rows alone: it proves no absence.
+ROWS_OF_OTHER_KEYS: Final = "rows_of_other_keys"
 #: The reason of an answer whose status and body can't both be true.
 CONTRADICTS_ITSELF: Final = "answer_contradicts_itself"
 
@@ -224,7 +226,7 @@ class ApiProfile:
         )
 
     def read_look_up(self, status: int, document: object, key: str) -> LookUp:
-        """Say what a look-up found; only a list of ours that is empty means absent.
+        """Say what a look-up found; only a list that is empty means absent.
 
         Args:
             status: HTTP status.
@@ -240,6 +242,10 @@ class ApiProfile:
             # It may be ours: absent would be a guess.
             return LookUp(Finding.UNKNOWN, reason="row_without_key")
         ours = [row for row in rows if _at(row, rules.match) == key]
+        if rows and not ours:
+            # A list that is not filtered, or paged, or another query's, or a key that
+            # is echoed in another form: ours may be elsewhere.
+            return LookUp(Finding.UNKNOWN, reason=ROWS_OF_OTHER_KEYS)
         found = [(rules.finding_of(row), row) for row in ours]
         executed = [row for finding, row in found if finding is Finding.EXECUTED]
         if len(executed) > 1:

@@ -26,7 +26,7 @@ settles, as far as the API lets it; `way_out` says how, and who needs a person.
 from enum import Enum
 from typing import Final, NamedTuple
 
-from function.api_profile import ApiProfile, Kind
+from function.api_profile import ROWS_OF_OTHER_KEYS, ApiProfile, Kind
 from function.circuit_breaker import PAUSE_S_MAX
 from function.model import (
     NOTHING_EXECUTED,
@@ -54,9 +54,11 @@ DEFINITE: Final = frozenset(
     {Finding.EXECUTED, Finding.FAILED, Finding.REVERSED, Finding.SEVERAL}
 )
 
-#: Why a parked order is a person's case: nothing automatic settles it.
+#: Why a parked order is a person's case: nothing automatic settles it, or the profile
+#: does not fit the API.
 NEEDS_PERSON: Final = frozenset(
     {
+        ROWS_OF_OTHER_KEYS,
         "api_kind_changed",
         "api_kind_unknown",
         "cannot_be_found_out",

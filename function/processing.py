@@ -19,7 +19,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Final, Protocol
 
-from function.api_profile import ApiProfile, Kind
+from function.api_profile import CONTRADICTS_ITSELF, ApiProfile, Kind
 from function.attempt_end import (
     DEFINITE,
     FINAL,
@@ -330,6 +330,8 @@ class Processing:
             permit.answered()
             return
         reason = answer.reason or answer.classified.value
+        if reason == CONTRADICTS_ITSELF:
+            self._alert(CONTRADICTS_ITSELF, order.idempotency_key, "")
         permit.failed(order.msisdn, reason, self._monotonic(), answer.retry_after_s)
         if answer.classified is AnswerClass.OURS and not self._is_refusal_told:
             self._is_refusal_told = True

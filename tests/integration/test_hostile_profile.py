@@ -7,6 +7,8 @@ say about a path, a query, a header and a JSON body, not by our own code.
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +29,7 @@ from function.model import TopUp
 from function.recharge_api import RechargeApi
 from tests.conftest import Database
 from tests.orders import data, headers, order
-from tests.processes import FunctionProcess, function_env
+from tests.processes import ROOT, FunctionProcess, function_env
 
 GENERIC: Final = (
     Path(__file__).parents[2] / "function" / "profiles" / "generic.toml"
@@ -59,8 +61,20 @@ VALUES: Final = (
 PLACES: Final = ("path", "query", "header", "body")
 
 
+#: A list that is not filtered by the key that was asked for.
+OTHERS: Final = (
+    b'{"recharges": [{"idempotencyKey": "app:other", "status": "succeeded",'
+    b' "reference": "R-0"}]}'
+)
+
+
 class RawServer:
-    """Answers every request as done, and keeps its bytes."""
+    """Keeps the bytes of each request; answers it as done, or a GET with others' rows.
+
+    With `loses_answers` a POST is read, and its connection closed.
+    """
+
+    loses_answers = False
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -90,9 +104,13 @@ class RawServer:
                     0,
                 )
                 self.requests.append(head + b"\r\n" + stream.read(length))
+                is_get = head.startswith(b"GET ")
+                if self.loses_answers and not is_get:
+                    return
+                line, body = (b"200 OK", OTHERS) if is_get else (b"201 Created", DONE)
                 connection.sendall(
-                    b"HTTP/1.1 201 Created\r\nContent-Type: application/json\r\n"
-                    b"Content-Length: %d\r\n\r\n%s" % (len(DONE), DONE)
+                    b"HTTP/1.1 %s\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: %d\r\n\r\n%s" % (line, len(body), body)
                 )
 
     def close(self) -> None:
@@ -243,3 +261,37 @@ def test_deployed_function_sends_no_path_of_the_events_making(
     )
     (refused,) = sqlite_database.rows("quarantine")
     assert refused["outcome"] == "invalid"
+
+
+def test_deployed_look_up_that_shows_only_others_sends_nothing_again(
+    sqlite_database: Database, tmp_path: Path, server: RawServer
+) -> None:
+    """Neither at once nor by the resolver, however long the order has settled."""
+    server.loses_answers = True
+    migrate(sqlite_database.engine)
+    url = sqlite_database.env["LEDGER_DATABASE_URL"]
+    env = function_env(url, server.url, recharge_api_kind="lookup")
+    env |= sqlite_database.env | {"PATH": os.environ["PATH"]}
+    with FunctionProcess(tmp_path, env=env) as function:
+        answer = requests.post(
+            function.url, json=data(), headers=headers(offset=1), timeout=30
+        )
+        log = function.log()
+    sqlite_database.change(
+        "app:r1", sent_at="2001-01-01 00:00:00", first_sent_at="2001-01-01 00:00:00"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "function.cli", "resolver", "run-once"],
+        env={"PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    assert answer.status_code == 424
+    sent = [each for each in server.requests if each.startswith(b"POST ")]
+    assert len(sent) == 1
+    row = sqlite_database.row("app:r1")
+    assert (row["status"], row["reason"]) == ("parked", "rows_of_other_keys")
+    assert log.count('"reason": "rows_of_other_keys"') >= 1

@@ -590,6 +590,35 @@ def test_parked_order_that_became_a_persons_case_says_why_and_is_told_once(
     assert rpod.api.sent == []
 
 
+def test_look_up_that_shows_only_others_is_told_once_and_sends_nothing(
+    database: Database,
+) -> None:
+    """An unfiltered list, one page of it, a cached answer: ours may be elsewhere."""
+    pod = Pod(database, Kind.LOOKUP)
+    others = LookUp(Finding.UNKNOWN, reason="rows_of_other_keys")
+    pod.api.findings = [others]
+    assert pod.deliver(order(), UNKNOWN) is Outcome.PARKED
+    assert pod.alerts == [("parked", "app:r1")]
+    pod.let_time_pass()
+    resolver, rpod = resolver_of(database, Kind.LOOKUP)
+    rpod.api.findings = [others] * 3
+
+    for _ in range(3):
+        database.execute("UPDATE topup SET looked_at = NULL")
+        resolver.run_once()
+
+    assert (rpod.api.sent, rpod.alerts) == ([], [])
+    assert database.row("app:r1")["reason"] == "rows_of_other_keys"
+
+
+def test_answer_that_contradicts_itself_is_told(pod: Pod) -> None:
+    answer = Answer(AnswerClass.UNKNOWN, reason="answer_contradicts_itself")
+
+    first(pod, order(), answer)
+
+    assert ("answer_contradicts_itself", "app:r1") in pod.alerts
+
+
 @pytest.mark.parametrize("now", [Kind.REPLAY, Kind.LOOKUP])
 def test_what_was_sent_to_one_kind_of_api_is_not_repeated_to_another(
     database: Database, now: Kind
