@@ -27,6 +27,7 @@ import jwt
 from function import telemetry
 from function.config import Settings
 from function.errors import SettingsError, TopupError
+from function.json_bound import has_too_many_values
 
 #: What Kubernetes can sign with; never `none`, never one with a shared secret.
 ALGORITHMS: Final = ("RS256", "ES256", "ES384", "ES512")
@@ -184,7 +185,7 @@ class IssuerKeys:
             raise KeysUnavailable(f"status_{status}")
         if len(body) > DOCUMENT_BYTES_MAX:
             raise KeysUnavailable("answer_too_large")
-        document = json.loads(body)
+        document = None if has_too_many_values(body) else json.loads(body)
         if not isinstance(document, dict):
             raise KeysUnavailable("answer_no_object")
         return document
