@@ -183,9 +183,9 @@ class IssuerKeys:
         status, body = _exchange(address, headers, tls, deadline)
         if status != http.client.OK:
             raise KeysUnavailable(f"status_{status}")
-        if len(body) > DOCUMENT_BYTES_MAX:
+        if len(body) > DOCUMENT_BYTES_MAX or has_too_many_values(body):
             raise KeysUnavailable("answer_too_large")
-        document = None if has_too_many_values(body) else json.loads(body)
+        document = json.loads(body)
         if not isinstance(document, dict):
             raise KeysUnavailable("answer_no_object")
         return document
