@@ -64,6 +64,8 @@ _TAKEN: Final = frozenset({AnswerClass.DONE, AnswerClass.ACCEPTED})
 _NOT_TAKEN: Final = NOTHING_EXECUTED | {AnswerClass.NO}
 #: The reason of a look-up that shows others' rows alone: it proves no absence.
 ROWS_OF_OTHER_KEYS: Final = "rows_of_other_keys"
+#: The reason of an answer that repeats another key than was sent, or none.
+ANSWER_OF_ANOTHER_KEY: Final = "answer_of_another_key"
 #: The reason of an answer whose status and body can't both be true.
 CONTRADICTS_ITSELF: Final = "answer_contradicts_itself"
 
@@ -161,6 +163,8 @@ class ApiProfile:
     reference: str
     reason: str
     words: str
+    #: Where an answer that takes the order repeats our key; empty: it does not.
+    answered_key: str
     rules: tuple[Rule, ...]
     look_up: LookUpRules | None
 
@@ -198,12 +202,13 @@ class ApiProfile:
         except ValueError:
             raise InvalidEvent("path: a value can't stand in the request's") from None
 
-    def classify(self, status: int, document: object) -> Answer:
+    def classify(self, status: int, document: object, key: str) -> Answer:
         """Say what an answer means: the first rule that matches, else unknown.
 
         Args:
             status: HTTP status.
             document: the body parsed as JSON, or None when it is not JSON.
+            key: the rendered key that was sent.
 
         """
         classified = next(
@@ -217,6 +222,12 @@ class ApiProfile:
         ):
             # The status says that nothing was executed, the body that it was.
             classified, reason = AnswerClass.UNKNOWN, CONTRADICTS_ITSELF
+        is_named = bool(self.answered_key) and classified in _TAKEN
+        if is_named and _at(document, self.answered_key) != key:
+            # What some other order was answered, or nobody knows which.
+            return Answer(
+                AnswerClass.UNKNOWN, http_status=status, reason=ANSWER_OF_ANOTHER_KEY
+            )
         return Answer(
             classified,
             http_status=status,
@@ -370,6 +381,7 @@ def _parse(document: dict[str, Any]) -> ApiProfile:
         reference=answer.text("reference"),
         reason=answer.text("reason"),
         words=answer.text("words"),
+        answered_key=answer.text("key", "", may_be_empty=True),
         rules=tuple(_rule(rule) for rule in answer.tables("rules")),
         look_up=_look_up(file.table("look_up")) if file.has("look_up") else None,
     )

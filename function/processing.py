@@ -19,7 +19,12 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Final, Protocol
 
-from function.api_profile import CONTRADICTS_ITSELF, ApiProfile, Kind
+from function.api_profile import (
+    ANSWER_OF_ANOTHER_KEY,
+    CONTRADICTS_ITSELF,
+    ApiProfile,
+    Kind,
+)
 from function.attempt_end import (
     DEFINITE,
     FINAL,
@@ -330,8 +335,8 @@ class Processing:
             permit.answered()
             return
         reason = answer.reason or answer.classified.value
-        if reason == CONTRADICTS_ITSELF:
-            self._alert(CONTRADICTS_ITSELF, order.idempotency_key, "")
+        if reason in {CONTRADICTS_ITSELF, ANSWER_OF_ANOTHER_KEY}:
+            self._alert(reason, order.idempotency_key, "")
         permit.failed(order.msisdn, reason, self._monotonic(), answer.retry_after_s)
         if answer.classified is AnswerClass.OURS and not self._is_refusal_told:
             self._is_refusal_told = True

@@ -26,7 +26,6 @@ from function.api_profile import (
 from function.config import Settings
 from function.http_answer import UncertainAnswer
 from function.http_exchange import Call, Reply, Transport
-from function.json_bound import has_too_many_values
 from function.model import Answer, AnswerClass, Finding, LookUp, TopUp
 from function.retry_after import wait_s
 
@@ -113,7 +112,9 @@ class RechargeApi:
         values = template_values(order, rendered_key)
         try:
             reply = self._exchange(self._profile.request, values, call)
-            answer = self._profile.classify(reply.status, _json(reply.body))
+            answer = self._profile.classify(
+                reply.status, _json(reply.body), rendered_key
+            )
         except NotAuthenticated as error:
             is_slow = isinstance(error, AuthenticationSlow)
             classified = AnswerClass.RETRY if is_slow else AnswerClass.OURS
@@ -180,8 +181,8 @@ class RechargeApi:
 
 
 def _json(body: bytes | None) -> object:
-    """The body as JSON, or None if it is none, too long, or has too many values."""
-    if body is None or has_too_many_values(body):
+    """The body as JSON, or None if it is none or too long."""
+    if body is None:
         return None
     try:
         return json.loads(body)

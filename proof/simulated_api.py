@@ -339,9 +339,9 @@ def _understood(profile: ApiProfile, status: int, word: str) -> Answer:
     known = _UNDERSTOOD.get((status, word, profile.name))
     if known is None:
         if status in {_SUCCEEDED[0], _ACCEPTED[0]}:
-            document: object = {"status": word, "reference": "R"}
+            document: object = {"status": word, "reference": "R", "idempotencyKey": "K"}
         else:
             document = {"error": {"code": word, "message": "no"}} if word else {}
-        known = profile.classify(status, document)
+        known = profile.classify(status, document, "K")
         _UNDERSTOOD[status, word, profile.name] = known
     return known

@@ -34,7 +34,7 @@ from tests.processes import ROOT, FunctionProcess, function_env
 GENERIC: Final = (
     Path(__file__).parents[2] / "function" / "profiles" / "generic.toml"
 ).read_text("utf-8")
-DONE: Final = b'{"status": "succeeded", "reference": "R-1"}'
+DONE: Final = b'{"status": "succeeded", "reference": "R-1", "idempotencyKey": "%s"}'
 
 #: One of each class of character that an event's text can have.
 VALUES: Final = (
@@ -107,7 +107,13 @@ class RawServer:
                 is_get = head.startswith(b"GET ")
                 if self.loses_answers and not is_get:
                     return
-                line, body = (b"200 OK", OTHERS) if is_get else (b"201 Created", DONE)
+                (key,) = [
+                    line.partition(b": ")[2]
+                    for line in lines
+                    if line.lower().startswith(b"idempotency-key:")
+                ] or [b""]
+                done = DONE % key
+                line, body = (b"200 OK", OTHERS) if is_get else (b"201 Created", done)
                 connection.sendall(
                     b"HTTP/1.1 %s\r\nContent-Type: application/json\r\n"
                     b"Content-Length: %d\r\n\r\n%s" % (line, len(body), body)

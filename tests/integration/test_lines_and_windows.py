@@ -183,8 +183,10 @@ def test_half_a_character_in_an_answer_is_made_whole(database: Database) -> None
     profile = Pod(database, Kind.REPLAY).profile
     document = {"error": {"code": "no", "message": "bad \ud83d"}}
 
-    answer = profile.classify(422, document)
-    found = profile.classify(201, {"status": "succeeded", "reference": "R\ud83d"})
+    answer = profile.classify(422, document, "K")
+    found = profile.classify(
+        201, {"status": "succeeded", "reference": "R\ud83d", "idempotencyKey": "K"}, "K"
+    )
 
     assert answer.words == "bad ?"
     assert found.reference == "R?"

@@ -611,12 +611,13 @@ def test_look_up_that_shows_only_others_is_told_once_and_sends_nothing(
     assert database.row("app:r1")["reason"] == "rows_of_other_keys"
 
 
-def test_answer_that_contradicts_itself_is_told(pod: Pod) -> None:
-    answer = Answer(AnswerClass.UNKNOWN, reason="answer_contradicts_itself")
+@pytest.mark.parametrize(
+    "reason", ["answer_contradicts_itself", "answer_of_another_key"]
+)
+def test_answer_that_was_not_believed_is_told(pod: Pod, reason: str) -> None:
+    first(pod, order(), Answer(AnswerClass.UNKNOWN, reason=reason))
 
-    first(pod, order(), answer)
-
-    assert ("answer_contradicts_itself", "app:r1") in pod.alerts
+    assert (reason, "app:r1") in pod.alerts
 
 
 @pytest.mark.parametrize("now", [Kind.REPLAY, Kind.LOOKUP])

@@ -49,7 +49,16 @@ ORDER: Final = TopUp(
     event_id="e-1",
     event_source="/shop",
 )
-DONE: Final = json.dumps({"status": "succeeded", "reference": "ref-1"}).encode()
+
+
+def done(reference: str) -> bytes:
+    """The body of an answer to ORDER that it is executed."""
+    key = ORDER.idempotency_key
+    answer = {"status": "succeeded", "reference": reference, "idempotencyKey": key}
+    return json.dumps(answer).encode()
+
+
+DONE: Final = done("ref-1")
 DEADLINE_S: Final = 1.0
 #: How much later than its deadline a call may end on a busy machine.
 LATENESS_S: Final = 1.0
@@ -711,11 +720,11 @@ def test_connection_at_the_edge_of_the_servers_timeout_is_never_lost(
     with server(serve) as made:
         api = make_client(made.url, recharge_api_idle_s=keep_s / 2).api
 
-        def calls(number: int) -> list[Answer]:
+        def calls(_number: int) -> list[Answer]:
             answers = []
             for turn in range(25):
                 deadline = time.monotonic() + 3
-                answers.append(api.recharge(ORDER, f"app:{number}-{turn}", deadline))
+                answers.append(api.recharge(ORDER, "app:r-1", deadline))
                 time.sleep(keep_s - 0.01 + turn / 1000)
             return answers
 
@@ -1102,9 +1111,9 @@ def test_oauth_token_is_fetched_once_and_used_by_all(
     with server(always(answer_of()), authority.context()) as made:
         api = oauth_client(made.tls_url).api
 
-        def call(number: int) -> AnswerClass:
+        def call(_number: int) -> AnswerClass:
             deadline = time.monotonic() + 10
-            return api.recharge(ORDER, f"app:{number}", deadline).classified
+            return api.recharge(ORDER, "app:r-1", deadline).classified
 
         with ThreadPoolExecutor(8) as pool:
             assert set(pool.map(call, range(16))) == {AnswerClass.DONE}
@@ -1313,9 +1322,7 @@ def test_donor_is_sent_when_there_is_one(make_client: MakeClient) -> None:
 
 
 def reference_of(number: int) -> bytes:
-    return answer_of(
-        json.dumps({"status": "succeeded", "reference": f"ref-{number}"}).encode()
-    )
+    return answer_of(done(f"ref-{number}"))
 
 
 def interim(*statuses: int) -> bytes:
@@ -1394,7 +1401,7 @@ def test_change_of_protocol_is_unknown_and_its_connection_never_used_again(
     assert made.connections == 2
 
 
-SECOND: Final = answer_of(b'{"status": "succeeded", "reference": "other"}')
+SECOND: Final = answer_of(done("other"))
 
 
 @pytest.mark.parametrize(

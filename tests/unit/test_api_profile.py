@@ -23,7 +23,8 @@ GENERIC: Final = (
     Path(__file__).parents[2] / "function" / "profiles" / "generic.toml"
 ).read_text("utf-8")
 KEY: Final = "app:r-1"
-DONE: Final = {"status": "succeeded", "reference": "ref-1"}
+DONE: Final = {"status": "succeeded", "reference": "ref-1", "idempotencyKey": KEY}
+ACCEPTED: Final = {"status": "accepted", "idempotencyKey": KEY}
 PAGE: Final = None  # What a body that is no JSON is parsed to.
 TOPUP: Final = TopUp(
     idempotency_key=KEY,
@@ -68,7 +69,7 @@ def error(code: str, message: str = "m") -> dict[str, Any]:
 
 
 def classified(status: int, document: object) -> AnswerClass:
-    return profile().classify(status, document).classified
+    return profile().classify(status, document, KEY).classified
 
 
 # ---- classification -----------------------------------------------------------------
@@ -106,9 +107,15 @@ def classified(status: int, document: object) -> AnswerClass:
         (200, {}, "unknown"),
         (200, PAGE, "unknown"),
         # accepted
-        (202, {"status": "accepted"}, "accepted"),
-        (200, {"status": "pending", "reference": "ref-1"}, "accepted"),
-        (201, {"status": "processing"}, "accepted"),
+        (202, ACCEPTED, "accepted"),
+        # The contract repeats our key: another's answer is no answer to this order.
+        (201, DONE | {"idempotencyKey": "app:r-2"}, "unknown"),
+        (201, DONE | {"idempotencyKey": None}, "unknown"),
+        (201, {"status": "succeeded", "reference": "ref-1"}, "unknown"),
+        (202, ACCEPTED | {"idempotencyKey": "app:r-10"}, "unknown"),
+        (202, {"status": "accepted"}, "unknown"),
+        (200, ACCEPTED | {"status": "pending", "reference": "r"}, "accepted"),
+        (201, ACCEPTED | {"status": "processing"}, "accepted"),
         (202, {}, "unknown"),
         (202, PAGE, "unknown"),
         (500, {"status": "accepted"}, "unknown"),
@@ -189,7 +196,7 @@ def test_status_and_body_together_are_classified(
 def test_no_answer_is_done_but_a_success_with_a_reference(
     status: int, document: object
 ) -> None:
-    answer = profile().classify(status, document)
+    answer = profile().classify(status, document, KEY)
 
     assert answer.http_status == status
     if answer.classified is AnswerClass.DONE:
@@ -202,8 +209,10 @@ def test_no_answer_is_done_but_a_success_with_a_reference(
 
 
 def test_reference_reason_and_words_are_taken_from_their_places() -> None:
-    done = profile().classify(201, DONE)
-    no = profile().classify(422, error("blocked", "Number +41791234567 is blocked"))
+    done = profile().classify(201, DONE, KEY)
+    no = profile().classify(
+        422, error("blocked", "Number +41791234567 is blocked"), KEY
+    )
 
     assert (done.reference, done.words) == ("ref-1", "")
     assert (no.reason, no.reference) == ("blocked", None)
@@ -216,14 +225,14 @@ def test_reference_reason_and_words_are_taken_from_their_places() -> None:
 )
 def test_reason_is_never_foreign_text(code: object) -> None:
     """Reasons are logged and answered; an API may write a number into its code."""
-    answer = profile().classify(422, {"error": {"code": code}})
+    answer = profile().classify(422, {"error": {"code": code}}, KEY)
 
     assert answer.reason == "http_422"
 
 
 def test_foreign_text_is_bounded() -> None:
-    answer = profile().classify(200, DONE | {"reference": "r" * 900})
-    words = profile().classify(422, error("blocked", "w" * 900)).words
+    answer = profile().classify(200, DONE | {"reference": "r" * 900}, KEY)
+    words = profile().classify(422, error("blocked", "w" * 900), KEY).words
 
     assert answer.reference == "r" * 200
     assert len(words) == 500
@@ -234,8 +243,8 @@ def test_first_rule_that_matches_decides(tmp_path: Path) -> None:
     first = '[[answer.rules]]\nclass = "unknown"\nstatus = [200]\n\n#'
     own = from_text(tmp_path, head + first + rules)
 
-    assert own.classify(200, DONE).classified is AnswerClass.UNKNOWN
-    assert own.classify(201, DONE).classified is AnswerClass.DONE
+    assert own.classify(200, DONE, KEY).classified is AnswerClass.UNKNOWN
+    assert own.classify(201, DONE, KEY).classified is AnswerClass.DONE
 
 
 # ---- look-ups -----------------------------------------------------------------------
@@ -497,7 +506,20 @@ def test_settling_time_within_the_lease_is_refused_where_it_counts_after_the_win
 
 
 def test_contradiction_says_so() -> None:
-    answer = profile().classify(429, DONE)
+    answer = profile().classify(429, DONE, KEY)
 
     assert answer.classified is AnswerClass.UNKNOWN
     assert answer.reason == "answer_contradicts_itself"
+
+
+def test_answer_of_another_key_says_so_and_gives_no_reference() -> None:
+    answer = profile().classify(201, DONE | {"idempotencyKey": "app:r-2"}, KEY)
+
+    assert (answer.reason, answer.reference) == ("answer_of_another_key", None)
+
+
+def test_key_is_compared_only_where_the_api_repeats_it(tmp_path: Path) -> None:
+    own = from_text(tmp_path, GENERIC.replace('key = "idempotencyKey"\n', ""))
+
+    answer = own.classify(201, DONE | {"idempotencyKey": "app:r-2"}, KEY)
+    assert answer.classified is AnswerClass.DONE
