@@ -8,6 +8,7 @@ Read in this order, which is the order of one event, then of what surrounds it:
     door.py           reads its body within bounds
     event_tokens.py   who may post, where it is asked; issuer_keys.py by whose keys
     events.py         CloudEvent -> TopUp
+    json_bound.py     how much memory a JSON text may become
     placement.py      did the record come where its subscriber's records must come
     processing.py     claim, recharge, settle; doubt
     circuit_breaker.py  when most calls fail, none is made for a while
@@ -35,7 +36,7 @@ Imports go one way, from right to left (tests/repo/test_imports.py holds this ta
 #: Who may import whom: a module imports only modules of the rows above its own.
 LAYERS = (
     ("errors", "model", "durations", "doctor.diagnosis", "doctor.documents"),
-    ("http_answer", "retry_after", "circuit_breaker", "closed_table"),
+    ("http_answer", "retry_after", "circuit_breaker", "closed_table", "json_bound"),
     ("http_exchange",),
     ("config", "telemetry", "placement", "heads", "door", "plan", "doctor.cluster"),
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),

@@ -25,6 +25,7 @@ from cloudevents.http import CloudEvent, from_http
 from iso4217 import Currency
 
 from function.errors import InvalidEvent, MalformedEvent, UnknownEventType
+from function.json_bound import has_too_many_values
 from function.model import Outcome, Position, Receipt, TopUp
 
 #: What KafkaSource calls a record that is no CloudEvent.
@@ -272,6 +273,8 @@ def _strict_json(body: bytes) -> Any:
     """
     if not body.strip():
         raise MalformedEvent("body: is empty")
+    if has_too_many_values(body):
+        raise MalformedEvent("body: has too many values")
     try:
         data = json.loads(
             body.decode("utf-8"),

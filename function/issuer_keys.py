@@ -27,6 +27,7 @@ import jwt
 from function import telemetry
 from function.config import Settings
 from function.errors import SettingsError, TopupError
+from function.json_bound import has_too_many_values
 
 #: What Kubernetes can sign with; never `none`, never one with a shared secret.
 ALGORITHMS: Final = ("RS256", "ES256", "ES384", "ES512")
@@ -182,7 +183,7 @@ class IssuerKeys:
         status, body = _exchange(address, headers, tls, deadline)
         if status != http.client.OK:
             raise KeysUnavailable(f"status_{status}")
-        if len(body) > DOCUMENT_BYTES_MAX:
+        if len(body) > DOCUMENT_BYTES_MAX or has_too_many_values(body):
             raise KeysUnavailable("answer_too_large")
         document = json.loads(body)
         if not isinstance(document, dict):

@@ -26,6 +26,7 @@ from function.api_profile import (
 from function.config import Settings
 from function.http_answer import UncertainAnswer
 from function.http_exchange import Call, Reply, Transport
+from function.json_bound import has_too_many_values
 from function.model import Answer, AnswerClass, Finding, LookUp, TopUp
 from function.retry_after import wait_s
 
@@ -181,8 +182,8 @@ class RechargeApi:
 
 
 def _json(body: bytes | None) -> object:
-    """The body as JSON, or None if it is none or too long."""
-    if body is None:
+    """The body as JSON, or None if it is none, too long, or has too many values."""
+    if body is None or has_too_many_values(body):
         return None
     try:
         return json.loads(body)

@@ -592,14 +592,15 @@ def test_flood_is_not_read_on(own_issuer: Issuer, clock: Clock) -> None:
         (answer_with(b"{}", 204), "status_204"),
         (answer_with(b"{"), "JSONDecodeError"),
         (answer_with(b"\xff"), "UnicodeDecodeError"),
-        (answer_with(b"[" * 60_000), "RecursionError"),
+        (answer_with(b"[" * 60_000), "answer_too_large"),
+        (answer_with(b"[" * 9_000), "RecursionError"),
         (answer_json([]), "answer_no_object"),
         (answer_json({}), "PyJWKSetError"),
         (answer_json({"keys": []}), "PyJWKSetError"),
         (answer_json({"keys": "first"}), "PyJWKSetError"),
         (answer_json({"keys": [{"kid": "first", "kty": "RSA"}]}), "PyJWKSetError"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_answer_that_is_no_set_of_keys_is_told_by_a_constant(
     own_issuer: Issuer, clock: Clock, answer: Answer, reason: str

@@ -30,7 +30,7 @@ from demo.recharge_api import Kind, SandboxRechargeApi
 from function.config import Settings
 from function.database import make_engine
 from function.migrate import migrate
-from proof.pod_limits import liveness_timeout_s
+from proof.pod_limits import liveness_timeout_s, memory_limit_kib
 from tests.processes import (
     DEADLINE_S,
     ROOT,
@@ -883,6 +883,46 @@ def test_memory_does_not_grow_with_what_is_sent(tmp_path: Path, server: Server) 
         assert {reply.status for reply in replies} == {413}
         assert in_chunks is None or in_chunks.status == 413
         assert peak_kib(worker) - before < 32 * KIB
+
+
+REQUIRED: Final = ("specversion", "id", "source", "type")
+
+
+def most_values(bytes_max: int) -> list[bytes]:
+    """Orders as large as they may be, of as many values as that allows."""
+    order = json.dumps(new_order() | {"metadata": {"a": "@"}}).encode()
+    room = bytes_max - len(order)
+    return [
+        order.replace(b'"@"', b"[" + b",".join([value] * count) + b"]")
+        for value in (b"[[]]", b'[{"":[]}]')
+        for count in [room // (len(value) + 1) - 8]
+    ]
+
+
+@pytest.mark.parametrize("mode", ["binary", "structured"])
+def test_every_thread_may_read_the_worst_json_within_the_pods_memory(
+    tmp_path: Path, mode: str
+) -> None:
+    """256 KiB of empty objects take a hundred times as much once they are read."""
+    with running(tmp_path, "gunicorn", server_threads=16) as system:
+        bodies = most_values(BYTES_MAX - 1_000)
+        given = {}
+        if mode == "structured":
+            given = {"content_type": "application/cloudevents+json"}
+            attributes = {name: ce_headers()[f"ce-{name}"] for name in REQUIRED}
+            start = json.dumps(attributes)[:-1].encode() + b', "data": '
+            bodies = [start + body + b"}" for body in bodies]
+        with ThreadPoolExecutor(16) as pool:
+            replies = list(
+                pool.map(lambda body: system.post(body, **given), bodies * 24)
+            )
+        (worker,) = system.function.workers()
+
+        assert peak_kib(worker) < memory_limit_kib()
+        assert {reply.status for reply in replies} == {400}
+        details = {row["detail"] for row in system.quarantine()}
+        assert details == {"body: has too many values"}
+        assert system.post(new_order()).status == 200
 
 
 # ---- bodies that don't come whole ---------------------------------------------------

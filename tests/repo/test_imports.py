@@ -56,6 +56,7 @@ PLACE_OF_LIBRARY: Final = {
 PURE: Final = {
     "processing": {"time", "collections", "threading", "typing"},
     "circuit_breaker": {"collections", "threading", "types", "typing"},
+    "json_bound": {"typing"},
     "model": {"dataclasses", "enum", "typing"},
     "errors": set[str](),
     "durations": {"re", "typing"},

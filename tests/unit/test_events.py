@@ -368,7 +368,7 @@ def test_integer_of_5001_digits_is_malformed() -> None:
 
 
 @pytest.mark.parametrize("headers", [binary(), raw(), STRUCTURED])
-@pytest.mark.parametrize("depth", [JSON_DEPTH_MAX + 1, 900, 100_000])
+@pytest.mark.parametrize("depth", [JSON_DEPTH_MAX + 1, 900, 4_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
 def test_deep_nesting_is_malformed(
     headers: dict[str, str], depth: int, opening: str, closing: str
