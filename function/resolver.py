@@ -57,6 +57,8 @@ _BATCH: Final = 1_000
 _SETTLED: Final = frozenset(
     {Outcome.SUCCEEDED, Outcome.ACCEPTED, Outcome.REJECTED, Outcome.ABANDONED}
 )
+#: In these a record brings an order on, unless it comes no more.
+_BROUGHT_BY_RECORDS: Final = frozenset({Status.IN_DOUBT, Status.RELEASED})
 #: Why an accepted order needs a person.
 _TOLD: Final = frozenset({"accepted_overdue", "accepted_but_absent"})
 
@@ -231,7 +233,8 @@ class Resolver:
     def _go_on(self, stored: Stored, permit: Permit) -> Outcome:
         """Go on with one order where the ledger says it stands."""
         order = self._restore(stored)
-        if order is None or not stored.is_given_up:
+        is_found_by_age = stored.is_given_up and stored.status in _BROUGHT_BY_RECORDS
+        if order is None or not is_found_by_age:
             # First, so that one that can't be brought on goes behind the others. What
             # the source has given up on is changed below, or must be found again at
             # once: a fresh look would say that its record still comes.

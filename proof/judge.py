@@ -202,8 +202,12 @@ class Judge:
         for row in rows:
             line = [each for each in rows if each.msisdn == row.msisdn]
             first = min(line, key=lambda each: each.place_in_line)
-            # What stands behind a parked one waits for it, in whatever state.
-            if first.status is not Status.PARKED or row.status is Status.IN_FLIGHT:
+            is_kept = first.status is Status.PARKED or (
+                # Postponed: the resolver tries it again and again.
+                first.status is Status.HELD and row.msisdn in poisoned
+            )
+            # What stands behind such a one waits for it, in whatever state.
+            if not is_kept or row.status is Status.IN_FLIGHT:
                 raise Violation(
                     f"stuck: nobody brings on {row.idempotency_key} ({row.status})"
                 )

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Final
 
-from proof.simulated_api import TROUBLES
+from proof.simulated_api import POISONS, TROUBLES
 from proof.world import EVENTS, Setup
 
 KINDS: Final = ("replay", "refuse", "lookup", "none")
@@ -39,7 +39,8 @@ def draw_setup(rng: random.Random, kind: str | None = None) -> Setup:
         resolvers=rng.choice((1, 1, 2)),
         horizon=rng.choice(_HORIZONS),
         gives_up=rng.random() < _RARE,
-        is_poisoned=rng.random() < _RARE,
+        poisoned=rng.choice((1, 2)) if rng.random() < _RARE else 0,
+        poison=rng.choice(POISONS),
         after_window=rng.choice(("none", "refuse")),
         tick_us=rng.choice((0, 1_000)),
         troubles=_some(rng, TROUBLES, 0.3 if is_few else 0.8),

@@ -51,6 +51,13 @@ _REJECTED: Final = (422, "invalid_number")
 _FAILED: Final = (500, "")
 _IN_PROGRESS: Final = (409, "in_progress")
 _USED: Final = (409, "reference_used")
+_POISONED: Final[dict[str, Said]] = {
+    "fails with 500": _FAILED,
+    "is answered 429": (429, ""),
+    "is taken for a similar one": (409, "similar_recently"),
+}
+#: What a poisoned subscriber's requests meet, each of them, for ever.
+POISONS: Final = tuple(_POISONED)
 
 
 @dataclass(slots=True)
@@ -109,8 +116,9 @@ class SimulatedApi:
         #: The order of the executions.
         self.executed: list[str] = []
         self.under_way: list[Request] = []
-        #: Subscribers for whom everything fails.
+        #: Subscribers for whom everything fails, and how.
         self.poisoned: frozenset[str] = frozenset()
+        self.poison = POISONS[0]
         #: Kind `replay`: when a key was first seen, and what it was told.
         self._told: dict[str, tuple[int, Said]] = {}
         self.calls: dict[str, int] = {}
@@ -200,7 +208,7 @@ class SimulatedApi:
 
     def _trouble(self, order: TopUp) -> str:
         if order.msisdn in self.poisoned:
-            trouble = "fails with 500"
+            trouble = self.poison
         elif self.chooser.deviates(Point.API):
             number = self.chooser.pick(len(self._troubles))
             trouble = "is executed" if number is None else self._troubles[number]
@@ -242,7 +250,7 @@ class SimulatedApi:
     def _serve(self, order: TopUp, key: str, trouble: str) -> Said:
         """One request at the API itself."""
         if order.msisdn in self.poisoned:
-            return _FAILED
+            return _POISONED[self.poison]
         refusal = self._refusal(key)
         if refusal is not None:
             return refusal

@@ -17,6 +17,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from function.api_profile import ApiProfile, Kind, load_profile
+from function.circuit_breaker import PAUSE_S_MAX
 from function.config import Settings
 from function.errors import ClaimUncertain, LedgerUnavailable, OperationRefused
 from function.model import (
@@ -37,7 +38,7 @@ from proof.chooser import Chooser, Deviation, Point
 from proof.judge import Judge, WatchedLedger, read_status_table
 from proof.memory_ledger import Row
 from proof.scheduler import MICROS, Scheduler, Task, Violation
-from proof.simulated_api import TROUBLES, SimulatedApi
+from proof.simulated_api import POISONS, TROUBLES, SimulatedApi
 from proof.simulated_source import Lane, SimulatedSource
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ WINDOW_S: Final = 300.0
 GIVEN_UP_S: Final = 120.0
 AGAIN_S: Final = 10.0
 ACCEPTED_MAX_S: Final = 600.0
+#: How long one record may stand at the head of its partition for a reason of its own:
+#: the lease of a process that died, and three answers that nothing was executed, each
+#: behind the longest pause of the breaker, a delivery and the source's backoff.
+HEAD_S: Final = LEASE_S + 3 * (PAUSE_S_MAX + 2 * DEADLINE_S + 2 * PAUSE_S_MAX)
 _RULES: Final = Rules(SETTLE_S, second_person_above_minor=10_000)
 
 #: What can befall a run, beside the API's and the ledger's troubles.
@@ -93,8 +98,9 @@ class Setup:
     #: Steps of the first phase, at the most.
     horizon: int = 400
     gives_up: bool = False
-    #: Everything fails for the first subscriber, until a person decides.
-    is_poisoned: bool = False
+    #: Everything fails for so many subscribers, until a person decides; and how.
+    poisoned: int = 0
+    poison: str = POISONS[0]
     #: Kind `replay`: what it is after its window.
     after_window: str = "none"
     #: Microseconds that a statement takes by the database's clock.
@@ -277,8 +283,12 @@ class World:
         self.source = SimulatedSource(
             self.scheduler, partitions, self.judge.gave_up, gives_up=setup.gives_up
         )
-        self._poisoned = frozenset({records[0].msisdn} if setup.is_poisoned else ())
-        self.api.poisoned = self._poisoned
+        subscribers = list(dict.fromkeys(each.msisdn for each in records))
+        self._poisoned = frozenset(subscribers[: setup.poisoned])
+        self.api.poisoned, self.api.poison = self._poisoned, setup.poison
+        #: By then every record must be taken; from the end of the faults on.
+        self._taken_by = 0
+        self._head_us = round(HEAD_S * MICROS) * len(records)
         #: Statements that the server executes although nobody waits any more.
         self._late: list[tuple[str, Callable[[], object]]] = []
         self._pods = [
@@ -341,6 +351,7 @@ class World:
         for process in self._resolvers:
             process.pause_s, process.round_at = _ROUND_S, self.scheduler.now
         self.scheduler.say("-- no more faults")
+        self._taken_by = self.scheduler.now + self._head_us
         self._until(self._is_at_rest)
         is_asked = self.setup.kind in {"refuse", "lookup"}
         self.judge.at_rest(is_asked=is_asked, poisoned=self._poisoned)
@@ -358,6 +369,9 @@ class World:
         for _ in range(_STEPS_MAX):
             if not tasks and is_enough():
                 return
+            if self.scheduler.now > self._taken_by and not self.source.is_done:
+                keys = [each.record.idempotency_key for each in self.source.idle()]
+                raise Violation(f"waits: {', '.join(keys)} longer than the bound")
             self._step()
         left = [f"{r.idempotency_key} ({r.status})" for r in self.judge.unsettled()]
         raise Violation(f"stuck: no rest after {_STEPS_MAX} steps: {', '.join(left)}")

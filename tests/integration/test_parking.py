@@ -620,6 +620,36 @@ def test_answer_that_was_not_believed_is_told(pod: Pod, reason: str) -> None:
     assert (reason, "app:r1") in pod.alerts
 
 
+def test_poisoned_orders_that_are_parked_starve_no_healthy_one(
+    database: Database,
+) -> None:
+    """Each opens the breaker again, which ends a round, and they were there first."""
+    pod = Pod(database, Kind.LOOKUP)
+    for number in range(4):
+        topup = order(f"p{number}", msisdn=f"+3933311{number:05}", offset=number)
+        pod.now += 60
+        assert first(pod, topup) is Outcome.PARKED
+    pod.now += 60
+    healthy = order("healthy", msisdn=A, offset=9)
+    assert first(pod, healthy) is Outcome.PARKED
+    pod.let_time_pass()
+    age(database)
+    resolver, rpod = resolver_of(database, Kind.LOOKUP)
+    asked: list[str] = []
+
+    def look_up(rendered_key: str) -> LookUp:
+        asked.append(rendered_key)
+        return EXECUTED if rendered_key == "app:healthy" else LOST
+
+    rpod.api.look_up = look_up  # type: ignore[method-assign]
+    for _ in range(10):
+        rpod.now += 60
+        resolver.run_once()
+
+    assert pod.status(healthy) == "succeeded"
+    assert {f"app:p{number}" for number in range(4)} < set(asked)
+
+
 @pytest.mark.parametrize("now", [Kind.REPLAY, Kind.LOOKUP])
 def test_what_was_sent_to_one_kind_of_api_is_not_repeated_to_another(
     database: Database, now: Kind
