@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from typing import Final
+from typing import BinaryIO, Final
 from urllib.parse import parse_qsl, unquote
 
 import pytest
@@ -93,7 +93,7 @@ class RawServer:
 
     def _converse(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as stream:
-            while head := b"".join(iter(stream.readline, b"\r\n")):
+            while head := _head(stream):
                 lines = head.split(b"\r\n")
                 length = next(
                     (
@@ -121,6 +121,14 @@ class RawServer:
 
     def close(self) -> None:
         self._listener.close()
+
+
+def _head(stream: BinaryIO) -> bytes:
+    """A request's head without its last line; empty when the client has gone."""
+    lines = []
+    while (line := stream.readline()) not in {b"", b"\r\n"}:
+        lines.append(line)
+    return b"".join(lines)
 
 
 @pytest.fixture
