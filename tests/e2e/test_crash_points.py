@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,9 +136,11 @@ def test_kill_at_each_boundary_leaves_one_execution(replay: Rig) -> None:
     for point in POINTS:
         before = len(replay.api.book.executions())
         if point == "response_written":
-            # The answer is out; only the process is gone.
+            # The answer is out; only the process is gone, and the reset of its
+            # connection may come before the answer is read.
             replay.crash_file.write_text(point)
-            assert replay.post(point).status_code == 200
+            with suppress(requests.ConnectionError):
+                assert replay.post(point).status_code == 200
         else:
             replay.die(point, point)
         assert replay.status(point) == STATUS_AFTER[point], point
