@@ -287,7 +287,9 @@ def _outcome(request: Request, answer: Answer) -> str:
     outcome = str(document.get("outcome"))
     if set(document) - {"outcome"} - ({"reason"} if outcome in _SAYS_WHY else set()):
         raise Found(f"`{outcome}` is answered with more than its name")
-    if (outcome == "paused") != (PAUSED_CHANNEL.encode() in (request.body or b"")):
+    # What a paused channel alone concerns is kept in the ledger, and its record taken.
+    is_of_paused = PAUSED_CHANNEL.encode() in (request.body or b"")
+    if outcome == "paused" or (is_of_paused and outcome != "held"):
         raise Found(f"`{outcome}`, although every part is well")
     return outcome
 
