@@ -1312,7 +1312,9 @@ def test_name_in_the_table_is_not_hidden_by_an_earlier_one() -> None:
 def test_donor_is_sent_when_there_is_one(make_client: MakeClient) -> None:
     order = replace(ORDER, donor_msisdn="+41791234568")
     with server(always(answer_of())) as made:
-        make_client(made.url).api.recharge(order, "k", time.monotonic() + 3)
+        make_client(made.url).api.recharge(
+            order, ORDER.idempotency_key, time.monotonic() + 3
+        )
 
     assert json.loads(made.requests[0].partition(b"\r\n\r\n")[2])["donorMsisdn"] == (
         "+41791234568"
@@ -1509,13 +1511,18 @@ def test_answer_before_the_request_has_ended_is_unknown(
     """It can't be known what it answers; urllib3 would read it all the same."""
     order = replace(ORDER, channel="c" * 30_000_000)
 
-    def serve(made: HandMade, connection: socket.socket) -> None:
-        connection.recv(1000)
+    def serve(_: HandMade, connection: socket.socket) -> None:
+        for _ in range(20):
+            connection.recv(65536)
         connection.sendall(answer_of())
-        made.pause(0.2)
+        # With its end before the reset, the send ends in a broken pipe: after that
+        # urllib3 reads the answer.
+        connection.shutdown(socket.SHUT_WR)
 
     with server(serve) as made:
-        answer = make_client(made.url).api.recharge(order, "k", time.monotonic() + 3)
+        answer = make_client(made.url).api.recharge(
+            order, ORDER.idempotency_key, time.monotonic() + 3
+        )
 
     assert_unknown(answer)
 
