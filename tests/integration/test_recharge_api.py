@@ -1511,7 +1511,7 @@ def test_answer_before_the_request_has_ended_is_unknown(
     """It can't be known what it answers; urllib3 would read it all the same."""
     order = replace(ORDER, channel="c" * 30_000_000)
 
-    def serve(_: HandMade, connection: socket.socket) -> None:
+    def serve(_made: HandMade, connection: socket.socket) -> None:
         for _ in range(20):
             connection.recv(65536)
         connection.sendall(answer_of())
