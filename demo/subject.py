@@ -93,6 +93,8 @@ class Function:
             **DEADLINES,
             **self._env,
             "RECHARGE_API_URL": api_url,
+            # Each process may reach it at another address.
+            "RECHARGE_API_IDENTITY": "sandbox",
             "RECHARGE_API_KIND": kind,
         }
 

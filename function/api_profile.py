@@ -13,10 +13,10 @@ from enum import StrEnum, unique
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from function.closed_table import ClosedTable
-from function.config import Settings
+from function.config import Settings, is_identity
 from function.errors import InvalidEvent, SettingsError
 from function.model import (
     NOTHING_EXECUTED,
@@ -167,6 +167,8 @@ class ApiProfile:
     answered_key: str
     rules: tuple[Rule, ...]
     look_up: LookUpRules | None
+    #: Which API this is, in the ledger: what was sent to another is not ours to settle.
+    identity: str = ""
 
     def render_key(self, idempotency_key: str) -> str:
         """What the API is given as the key: the same for the same order, always.
@@ -286,6 +288,7 @@ def load_profile(settings: Settings) -> ApiProfile:
             kind=Kind(settings.recharge_api_kind or profile.kind),
             window_s=settings.recharge_api_replay_window_s or profile.window_s,
             settle_s=settings.recharge_api_settle_s or profile.settle_s,
+            identity=_identity(settings, profile.name),
         )
     except OSError:
         known = ", ".join(sorted(each.stem for each in _PROFILES.glob("*.toml")))
@@ -321,6 +324,29 @@ def load_profile(settings: Settings) -> ApiProfile:
             "proof while the attempt can still send"
         )
     return profile
+
+
+def _identity(settings: Settings, profile: str) -> str:
+    """The API's name in the ledger: what is set, or its profile and address.
+
+    Raises:
+        SettingsError: the address is too long for one.
+
+    """
+    if settings.recharge_api_identity:
+        return settings.recharge_api_identity
+    if not settings.recharge_api_url:
+        return profile
+    parts = urlsplit(settings.recharge_api_url)
+    # Not what may stand before the host, which is a secret; nor the scheme.
+    port = f":{parts.port}" if parts.port else ""
+    identity = f"{profile}@{parts.hostname}{port}{parts.path.rstrip('/')}"
+    if not is_identity(identity):
+        raise SettingsError(
+            "RECHARGE_API_IDENTITY is missing: RECHARGE_API_URL makes none of at most "
+            "200 visible ASCII characters"
+        )
+    return identity
 
 
 def render_path(template: str, values: Mapping[str, Any]) -> str:

@@ -54,10 +54,17 @@ DEFINITE: Final = frozenset(
     {Finding.EXECUTED, Finding.FAILED, Finding.REVERSED, Finding.SEVERAL}
 )
 
+#: Why this API can't say what became of an order: it was sent to another one, or
+#: nobody knows to which.
+API_OF_ANOTHER_IDENTITY: Final = "api_of_another_identity"
+API_IDENTITY_UNKNOWN: Final = "api_identity_unknown"
+
 #: Why a parked order is a person's case: nothing automatic settles it, or the profile
 #: does not fit the API.
 NEEDS_PERSON: Final = frozenset(
     {
+        API_IDENTITY_UNKNOWN,
+        API_OF_ANOTHER_IDENTITY,
         ROWS_OF_OTHER_KEYS,
         "api_kind_changed",
         "api_kind_unknown",
@@ -138,6 +145,20 @@ class Way(Enum):
     LOOK_UP = "look_up"
 
 
+def why_not_ours(entry: Entry, profile: ApiProfile) -> str:
+    """Why this API can't say what became of an order; empty if it can (pure).
+
+    Args:
+        entry: the order as it was read, sent at least once.
+        profile: of the API that is called now.
+
+    """
+    if entry.api_identity == profile.identity:
+        return ""
+    is_unknown = entry.api_identity is None
+    return API_IDENTITY_UNKNOWN if is_unknown else API_OF_ANOTHER_IDENTITY
+
+
 def way_out(entry: Entry, profile: ApiProfile) -> Way | str:
     """How the API lets a doubt be ended, or why only a person can end it (pure).
 
@@ -151,6 +172,8 @@ def way_out(entry: Entry, profile: ApiProfile) -> Way | str:
         # What was sent to one kind of API is not repeated to another; nor is what an
         # early revision sent, of which nobody knows to which.
         return "api_kind_unknown" if entry.api_kind is None else "api_kind_changed"
+    if reason := why_not_ours(entry, profile):
+        return reason
     if kind is Kind.REPLAY:
         is_used = entry.last_class is AnswerClass.SAME_REFERENCE
         if is_used and profile.look_up is not None:

@@ -25,6 +25,7 @@ import click
 from sqlalchemy import Engine
 
 from function import telemetry
+from function.api_profile import load_profile
 from function.config import Settings
 from function.database import make_engine
 from function.doctor.command import doctor, plan
@@ -32,6 +33,7 @@ from function.durations import UNIT_S, age_s
 from function.errors import LedgerUnavailable, TopupError
 from function.grants import script
 from function.migrate import migrate as run_migrations
+from function.migrate import note_api
 from function.model import Status
 from function.operations import EVERYTHING, Filters, Operations, OrderRow, Verdict
 from function.reconcile import COLUMNS, EXECUTED, Format, Summary
@@ -143,18 +145,23 @@ def migrate() -> None:
 
     Also writes what binds people's decisions, RECHARGE_API_SETTLE_S and
     RESOLVE_SECOND_PERSON_ABOVE_MINOR, where it runs with the deployment's settings
-    (RECHARGE_API_URL is there); run it again when they change.
+    (RECHARGE_API_URL is there); run it again when they change. Then it notes, too, of
+    which recharge API the open orders are that an earlier revision sent.
     """
     settings = Settings.ledger_only()
     # By the ledger's settings alone nobody says what binds people.
     rules = rules_of(settings) if settings.recharge_api_url else None
-    revision = run_migrations(make_engine(settings), rules)
+    engine = make_engine(settings)
+    revision = run_migrations(engine, rules)
     click.echo(f"ledger at revision {revision}")
     if rules is not None:
         click.echo(
             f"decisions: settling time {rules.settle_s:g} s, "
             f"two persons above {rules.second_person_above_minor}"
         )
+        api = load_profile(settings).identity
+        if noted := note_api(engine, api):
+            click.echo(f"noted that {noted} open orders were sent to {api}")
 
 
 @main.command()
@@ -286,7 +293,9 @@ def stats(*, unmasked: bool, as_json: bool) -> None:
     if as_json:
         _print_json(shown)
         return
-    for title in ("statuses", "held", "quarantine"):
+    for row in shown["apis"]:
+        row["name"] = row["name"] or "not known"
+    for title in ("statuses", "held", "apis", "quarantine"):
         rows = shown[title]
         for row in rows:
             row["oldest"] = _age(row.pop("oldest_age_s"))

@@ -50,6 +50,11 @@ class Settings:
         "A profile of function/profiles by name, or a path to a TOML file.",
         default="generic",
     )
+    recharge_api_identity: str | None = _setting(
+        "Names the recharge API in the ledger, for ever: what was sent to an API of "
+        "another name is never settled by this one; profile and address when empty.",
+        default=None,
+    )
     recharge_api_kind: str | None = _setting(
         "`replay`, `refuse`, `lookup` or `none`: what the API can do about a repeated "
         "key; the profile's own when empty.",
@@ -275,6 +280,10 @@ class Settings:
             problems.append("EVENT_TYPE must end in .requested.v and a number")
         if self.recharge_api_reversal_watch_s < 0:
             problems.append("RECHARGE_API_REVERSAL_WATCH_S must not be negative")
+        if not is_identity(self.recharge_api_identity or "api"):
+            problems.append(
+                "RECHARGE_API_IDENTITY must be 1 to 200 visible ASCII characters"
+            )
         if self.recharge_api_kind not in _KINDS:
             problems.append("RECHARGE_API_KIND must be replay, refuse, lookup or none")
         problems += self._problems_of_events_oidc()
@@ -310,6 +319,11 @@ class Settings:
                 "is set: the token would be sent in the clear"
             )
         return problems
+
+
+def is_identity(text: str) -> bool:
+    """Whether a text can name a recharge API in the ledger."""
+    return bool(_IDENTITY.fullmatch(text))
 
 
 def _split(address: str) -> SplitResult | None:
@@ -363,6 +377,7 @@ _OIDC_TOGETHER: Final = (
 
 #: None: the profile says.
 _KINDS: Final = frozenset({None, "replay", "refuse", "lookup", "none"})
+_IDENTITY: Final = re.compile(r"[!-~]{1,200}")
 _EVENT_TYPE: Final = re.compile(r".+\.requested\.v[0-9]+")
 
 _POSITIVE: Final = (

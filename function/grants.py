@@ -32,6 +32,7 @@ _PROGRESS: Final = (
     "not_executed",
     "not_before",
     "api_kind",
+    "api_identity",
     "last_class",
     "reference",
     "reason",

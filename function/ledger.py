@@ -44,6 +44,7 @@ from function.database import (
 )
 from function.errors import ClaimUncertain, IllegalTransition, LedgerUnavailable
 from function.model import (
+    ENDED_BY_THE_API,
     TRANSITIONS,
     UNSETTLED,
     Answer,
@@ -115,6 +116,7 @@ class Ledger:
             "token": token,
             "lease_us": self._lease_us,
             "api_kind": self._profile.kind,
+            "api_identity": self._profile.identity,
         }
         if not self._try_to_claim(_CLAIM, values, token):
             return None
@@ -138,6 +140,7 @@ class Ledger:
             "new_token": token,
             "lease_us": self._lease_us,
             "api_kind": self._profile.kind,
+            "api_identity": self._profile.identity,
         }
         if not self._try_to_claim(_RECLAIM, values, token):
             return None
@@ -431,6 +434,17 @@ class Ledger:
         except IntegrityError:
             return False
 
+    def count_of_other_apis(self) -> int:
+        """How many orders that are not ended were sent to another API than this.
+
+        Those count, too, of which nobody knows to which. None of them is settled by
+        this API: a person settles them, or their own API's function and resolver.
+
+        """
+        values = {"api_identity": self._profile.identity}
+        with connected(self._engine) as connection:
+            return connection.scalar(COUNT_OF_OTHER_APIS, values) or 0
+
     def overtake(self, order: TopUp) -> list[str]:
         """Park what the source has given up on: an earlier offset of the partition.
 
@@ -598,6 +612,7 @@ def _entry(row: Any) -> Entry:
         not_executed=row.not_executed,
         wait_s=0.0 if row.may_try_age_s is None else -float(row.may_try_age_s),
         api_kind=row.api_kind,
+        api_identity=row.api_identity,
         last_class=AnswerClass(row.last_class) if row.last_class else None,
         reference=row.reference,
         reason=row.reason,
@@ -659,6 +674,7 @@ _columns, _source = _new_row(
     sent_at=Now(),
     attempts=literal_column("1"),
     api_kind=bindparam("api_kind"),
+    api_identity=bindparam("api_identity"),
 )
 _CLAIM: Final = insert(topup).from_select(
     _columns,
@@ -732,6 +748,7 @@ _RECLAIM: Final = (
         updated_at=Now(),
         attempts=topup.c.attempts + 1,
         api_kind=bindparam("api_kind"),
+        api_identity=bindparam("api_identity"),
         not_before=None,
         reason="",
     )
@@ -756,6 +773,7 @@ _ENTRY_COLUMNS: Final = (
     "doubts",
     "not_executed",
     "api_kind",
+    "api_identity",
     "last_class",
     "reference",
     "reason",
@@ -992,6 +1010,12 @@ _OVERTAKE_RELEASED: Final = (
     update(topup)
     .where(_EARLIER_HERE, topup.c.status == Status.RELEASED.value)
     .values(status=Status.HELD.value, updated_at=Now())
+)
+#: Orders that are not ended and that another API than `api_identity` was sent.
+COUNT_OF_OTHER_APIS: Final = select(func.count()).where(
+    topup.c.status.in_([status.value for status in sorted(ENDED_BY_THE_API)]),
+    topup.c.sent_at.is_not(None),
+    topup.c.api_identity.is_distinct_from(bindparam("api_identity")),
 )
 _RECORD: Final = insert(attempt).values(recorded_at=Now())
 _QUARANTINE: Final = insert(quarantine).values(recorded_at=Now())

@@ -4,6 +4,7 @@ Owns the functions-framework target `handle_topup`; must never decide anything a
 an order. Loaded by path, as module `main`: nothing else may import it.
 """
 
+import contextlib
 import functools
 import threading
 from typing import Final
@@ -120,7 +121,12 @@ def services() -> Services:
 
 @functools.cache
 def _services() -> Services:
-    return Services(settings)
+    made = Services(settings)
+    # Whoever can't reach the ledger hears of that by each delivery.
+    with contextlib.suppress(LedgerUnavailable):
+        if orders := made.ledger.count_of_other_apis():
+            telemetry.alert("orders_of_another_api", "", "", orders=orders)
+    return made
 
 
 @functools.cache

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, text, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from function.database import connected, describe
 from function.errors import LedgerUnavailable, MigrationError
+from function.model import ENDED_BY_THE_API
 from function.rules import Rules, write_rules
+from function.schema import topup
 
 #: The newest revision of migrations/ that this version knows; a test compares them.
 SCHEMA_REVISION: Final = "0004"
@@ -55,6 +57,33 @@ def migrate(engine: Engine, rules: Rules | None = None) -> str:
         raise MigrationError(
             f"the ledger can't be migrated: {describe(error)}"
         ) from None
+
+
+def note_api(engine: Engine, api_identity: str) -> int:
+    """Note to which API an earlier revision sent what is not ended; returns how many.
+
+    Revision 0003's code noted none. Run it when that code no longer runs, with the
+    settings that it had: nothing in the ledger could say that they were others.
+
+    Args:
+        engine: with the migration's account; migrated.
+        api_identity: of the recharge API that they were sent to.
+
+    Raises:
+        LedgerUnavailable: nothing was written; run it again.
+
+    """
+    statement = (
+        update(topup)
+        .where(
+            topup.c.status.in_([status.value for status in sorted(ENDED_BY_THE_API)]),
+            topup.c.sent_at.is_not(None),
+            topup.c.api_identity.is_(None),
+        )
+        .values(api_identity=api_identity)
+    )
+    with connected(engine) as connection:
+        return connection.execute(statement).rowcount
 
 
 def require_migrated(engine: Engine) -> None:

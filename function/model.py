@@ -53,6 +53,11 @@ UNSETTLED: Final = frozenset(
     }
 )
 
+#: Only the API that an order was sent to can say how these end.
+ENDED_BY_THE_API: Final = frozenset(
+    {Status.IN_FLIGHT, Status.IN_DOUBT, Status.PARKED, Status.ACCEPTED}
+)
+
 #: Never left again.
 TERMINAL: Final = frozenset({Status.SUCCEEDED, Status.REJECTED, Status.ABANDONED})
 
@@ -228,6 +233,8 @@ class Entry:
     wait_s: float
     #: The API's kind when this was last sent; None if it never was, or nobody knows.
     api_kind: str | None
+    #: Which API this was last sent to; None if to none, or nobody knows.
+    api_identity: str | None
     #: Class of the last answer that was not a plain success, if any.
     last_class: AnswerClass | None
     #: The API's reference, once known.

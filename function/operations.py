@@ -28,9 +28,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
+from function.attempt_end import API_IDENTITY_UNKNOWN, API_OF_ANOTHER_IDENTITY
 from function.database import connected, transaction
 from function.errors import IllegalTransition, OperationRefused
-from function.model import TRANSITIONS, Status
+from function.model import ENDED_BY_THE_API, TRANSITIONS, Status
 from function.rules import read_rules
 from function.schema import (
     UNPROVEN,
@@ -72,7 +73,13 @@ class Verdict(StrEnum):
 
 #: What the resolver notes of an accepted order that nobody but a person will end.
 ACCEPTED_CASES: Final = frozenset(
-    {"accepted_overdue", "accepted_but_absent", "executed_several_times"}
+    {
+        API_IDENTITY_UNKNOWN,
+        API_OF_ANOTHER_IDENTITY,
+        "accepted_overdue",
+        "accepted_but_absent",
+        "executed_several_times",
+    }
 )
 _OPEN: Final = (Status.PARKED, Status.IN_DOUBT, Status.HELD, Status.RELEASED)
 
@@ -225,6 +232,8 @@ class Stats:
     statuses: list[Count]
     #: The subscribers with the most held orders: masked by whoever prints them.
     held: list[Count]
+    #: The recharge APIs that open and accepted orders were sent to; empty: not known.
+    apis: list[Count]
     quarantine: list[Count]
     pauses: list[PauseRow]
 
@@ -369,6 +378,19 @@ class Operations:
             .order_by(func.count().desc(), topup.c.msisdn)
             .limit(_HELD_SUBSCRIBERS)
         )
+        by_api = (
+            select(
+                func.coalesce(topup.c.api_identity, "").label("name"),
+                func.count().label("n"),
+                AgeS(func.min(topup.c.updated_at)).label("oldest_age_s"),
+            )
+            .where(
+                topup.c.status.in_([each.value for each in sorted(ENDED_BY_THE_API)]),
+                topup.c.sent_at.is_not(None),
+            )
+            .group_by(func.coalesce(topup.c.api_identity, ""))
+            .order_by(func.count().desc())
+        )
         by_outcome = (
             select(
                 quarantine.c.outcome.label("name"),
@@ -379,16 +401,16 @@ class Operations:
             .order_by(quarantine.c.outcome)
         )
         with connected(self._engine) as connection:
-            statuses, subscribers, outcomes = (
+            statuses, subscribers, apis, outcomes = (
                 [
                     Count(row.name, row.n, float(row.oldest_age_s))
                     for row in connection.execute(query)
                 ]
-                for query in (by_status, held, by_outcome)
+                for query in (by_status, held, by_api, by_outcome)
             )
         order = list(Status)
         statuses.sort(key=lambda each: order.index(Status(each.name)))
-        return Stats(statuses, subscribers, outcomes, self.pauses())
+        return Stats(statuses, subscribers, apis, outcomes, self.pauses())
 
     def pauses(self) -> list[PauseRow]:
         """What is paused now, by whom and why."""

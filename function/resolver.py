@@ -24,7 +24,7 @@ from typing import Final
 from function import telemetry
 from function.api_auth import make_authenticator
 from function.api_profile import ApiProfile, Kind, load_profile
-from function.attempt_end import DEFINITE
+from function.attempt_end import DEFINITE, why_not_ours
 from function.circuit_breaker import Permit
 from function.config import Settings
 from function.database import make_engine
@@ -117,14 +117,20 @@ class Resolver:
     def run(self, stop: threading.Event, interval_s: float) -> None:
         """Run rounds until told to stop; an unreachable ledger is waited for.
 
+        Tells once how many orders were sent to another API, which it can't settle.
+
         Args:
             stop: set by whoever wants it to end; a running call finishes.
             interval_s: seconds between two rounds that found nothing to settle.
 
         """
+        is_told = False
         while not stop.is_set():
             counts: Counts = Counter()
             try:
+                if not is_told:
+                    self._tell_of_other_apis()
+                    is_told = True
                 counts = self.run_once()
             except LedgerUnavailable as error:
                 self._alert("ledger_unavailable", "", "", detail=str(error))
@@ -133,6 +139,10 @@ class Resolver:
             # What was settled has made way for others: go on at once.
             if not any(counts[outcome.value] for outcome in _SETTLED):
                 stop.wait(interval_s)
+
+    def _tell_of_other_apis(self) -> None:
+        if orders := self._ledger.count_of_other_apis():
+            self._alert("orders_of_another_api", "", "", orders=orders)
 
     def run_once(self) -> Counts:
         """Bring on everything that is due, once.
@@ -298,9 +308,14 @@ class Resolver:
         return self._processing.breaker.is_pausing(self._monotonic())
 
     def _follow_one(self, order: TopUp) -> str | None:
-        key = order.idempotency_key
+        """Ask what became of an accepted order; returns what it came to, if it did."""
         entry, _ = self._ledger.look(order)
         if entry is None:
+            return None
+        if reason := why_not_ours(entry, self._profile):
+            # Its own API knows how it ended; this one can't be asked.
+            if entry.status is Status.ACCEPTED:
+                self._tell_once(entry, reason, reason)
             return None
         # Without a look-up nobody but a person can learn how it ended.
         found = LookUp(Finding.UNKNOWN)
@@ -308,13 +323,22 @@ class Resolver:
             found = self._api.look_up(entry.rendered_key)
             self._note(order, found)
         if entry.status is Status.SUCCEEDED:
-            if found.finding is not Finding.REVERSED:
-                return None
-            self._ledger.record_reversal(key, entry.token or "", found.reference)
-            self._alert("reversed", key, "")
-            return "reversed"
-        if entry.status is not Status.ACCEPTED:
+            return self._watch(entry, found)
+        if entry.status is Status.ACCEPTED:
+            return self._end_accepted(entry, found)
+        return None
+
+    def _watch(self, entry: Entry, found: LookUp) -> str | None:
+        """Record that a recharge which had succeeded was taken back."""
+        if found.finding is not Finding.REVERSED:
             return None
+        key = entry.idempotency_key
+        self._ledger.record_reversal(key, entry.token or "", found.reference)
+        self._alert("reversed", key, "")
+        return "reversed"
+
+    def _end_accepted(self, entry: Entry, found: LookUp) -> str | None:
+        """Settle an accepted recharge by what was found, or say that it is open."""
         if found.finding is Finding.EXECUTED:
             answer = Answer(AnswerClass.DONE, reference=found.reference)
         elif found.finding in {Finding.FAILED, Finding.REVERSED}:
@@ -325,9 +349,9 @@ class Resolver:
             reason = f"accepted_then_{found.finding.value}"
             answer = Answer(AnswerClass.NO, reason=reason)
             # The source was told 200: only a person can tell the subscriber.
-            self._alert("rejected_after_accepted", key, reason)
+            self._alert("rejected_after_accepted", entry.idempotency_key, reason)
         else:
-            self._tell_once(entry, found.finding)
+            self._tell_of_open(entry, found.finding)
             return None
         if not self._ledger.end_doubt(entry, answer):
             return None
@@ -342,8 +366,8 @@ class Resolver:
             elif found.finding in DEFINITE:
                 permit.answered()
 
-    def _tell_once(self, entry: Entry, finding: Finding) -> None:
-        """Alert, and note in the row, why an accepted recharge needs a person."""
+    def _tell_of_open(self, entry: Entry, finding: Finding) -> None:
+        """Say whether an accepted recharge without an end needs a person."""
         age_s = entry.sent_age_s or 0.0
         if finding is Finding.SEVERAL:
             reason = "executed_several_times"
@@ -353,9 +377,13 @@ class Resolver:
             reason = "accepted_overdue"
         else:
             return
+        self._tell_once(entry, reason, finding.value)
+
+    def _tell_once(self, entry: Entry, reason: str, detail: str) -> None:
+        """Alert, and note in the row, why an accepted recharge needs a person."""
         is_told = entry.reason == reason or (entry.reason in _TOLD and reason in _TOLD)
         if not is_told and self._ledger.note(entry, reason):
-            self._alert(reason, entry.idempotency_key, finding.value)
+            self._alert(reason, entry.idempotency_key, detail)
 
 
 def make_resolver(

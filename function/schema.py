@@ -102,6 +102,9 @@ topup: Final = Table(
     #: What the recharge API could do about a repeated key when this one was last sent;
     #: NULL before that, and in rows that revision 0002 sent.
     Column("api_kind", ascii_text(16)),
+    #: Which API it was last sent to (`RECHARGE_API_IDENTITY`); NULL before that, and in
+    #: rows that revision 0003 sent.
+    Column("api_identity", ascii_text(200)),
     #: What the recharge API is given as the key.
     Column("rendered_key", ascii_text(200), nullable=False),
     #: When the first and the last attempt were claimed, so never after their send.

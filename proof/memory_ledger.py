@@ -15,6 +15,7 @@ from function.api_profile import ApiProfile
 from function.errors import IllegalTransition, OperationRefused
 from function.ledger import STATUS_OF_ANSWER, Ledger
 from function.model import (
+    ENDED_BY_THE_API,
     TRANSITIONS,
     UNSETTLED,
     Answer,
@@ -69,6 +70,7 @@ class Row:
     not_executed: int = 0
     not_before: int | None = None
     api_kind: str | None = None
+    api_identity: str | None = None
     last_class: str | None = None
     reference: str | None = None
     reason: str = ""
@@ -141,6 +143,7 @@ class MemoryLedger(Ledger):
         row.first_sent_at = row.sent_at = now
         row.attempts = 1
         row.api_kind = self._profile.kind
+        row.api_identity = self._profile.identity
         self._insert(row)
         return Claim(row.token, row.rendered_key, is_doubted=False)
 
@@ -164,6 +167,7 @@ class MemoryLedger(Ledger):
         row.sent_at = row.updated_at = now
         row.attempts += 1
         row.api_kind = self._profile.kind
+        row.api_identity = self._profile.identity
         row.not_before = None
         row.reason = ""
         is_doubted = entry.doubts > 0
@@ -353,6 +357,15 @@ class MemoryLedger(Ledger):
             return False
         self.quarantined[identity] = refused
         return True
+
+    def count_of_other_apis(self) -> int:
+        """As `Ledger.count_of_other_apis`."""
+        return sum(
+            row.status in ENDED_BY_THE_API
+            and row.sent_at is not None
+            and row.api_identity != self._profile.identity
+            for row in self.orders.values()
+        )
 
     def looked(self, key: str) -> None:
         """As `Ledger.looked`."""
@@ -546,6 +559,7 @@ class MemoryLedger(Ledger):
             not_executed=row.not_executed,
             wait_s=-(self._age_s(row.not_before) or 0.0),
             api_kind=row.api_kind,
+            api_identity=row.api_identity,
             last_class=AnswerClass(row.last_class) if row.last_class else None,
             reference=row.reference,
             reason=row.reason,

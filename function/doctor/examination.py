@@ -7,13 +7,14 @@ anything, and never let one check's failure hide another's finding.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from function.api_profile import load_profile
 from function.config import Settings
 from function.database import make_engine
 from function.doctor import documents as kinds
 from function.doctor.api import check_api
 from function.doctor.diagnosis import RANK, Diagnosis, error, ok, skipped, unknown
 from function.doctor.documents import Documents, Parts, at, kind_of
-from function.doctor.ledger import check_ledger
+from function.doctor.ledger import check_ledger, check_other_apis
 from function.doctor.pods import check_pods, scale_max, settings_of_pod
 from function.doctor.scaling import check_scaling
 from function.doctor.source import check_source
@@ -82,12 +83,16 @@ def _ledger(
         yield _not_set("ledger", "LEDGER_DATABASE_URL", is_live=is_live)
         return
     try:
-        engine = make_engine(Settings.ledger_only(env))
+        settings = Settings.ledger_only(env)
+        engine = make_engine(settings)
+        identity = load_profile(settings).identity
     except SettingsError as problem:
         yield error("ledger", str(problem), "correct the variables of this command")
         return
     try:
         yield from check_ledger(engine, None if parts is None else _connections(parts))
+        if settings.recharge_api_url:
+            yield from check_other_apis(engine, identity)
     finally:
         engine.dispose()
 

@@ -16,6 +16,7 @@ from function.database import connected
 from function.doctor.diagnosis import Diagnosis, error, ok, skipped, unknown, warning
 from function.errors import LedgerUnavailable
 from function.grants import grants_of
+from function.ledger import COUNT_OF_OTHER_APIS
 from function.migrate import SCHEMA_REVISION
 
 _VARIABLES: Final = (
@@ -96,6 +97,33 @@ def check_ledger(engine: Engine, connections: int | None = None) -> Iterator[Dia
         )
         return
     yield from judge(facts, connections)
+
+
+def check_other_apis(engine: Engine, identity: str) -> Iterator[Diagnosis]:
+    """Say how many orders that are not ended were sent to another recharge API.
+
+    Args:
+        engine: as `check_ledger`, which tells of a ledger that can't be asked.
+        identity: of the API that the function calls now.
+
+    """
+    try:
+        with connected(engine) as connection:
+            orders = connection.scalar(COUNT_OF_OTHER_APIS, {"api_identity": identity})
+    except LedgerUnavailable:
+        return
+    if orders:
+        yield warning(
+            "ledger",
+            f"{orders} orders in flight, in doubt, parked or accepted were sent to "
+            f"another recharge API than {identity}, or nobody knows to which: this one "
+            "is never asked about them",
+            "see `topup ledger stats`; if it is the same API, set "
+            "RECHARGE_API_IDENTITY to its name there, else settle them with "
+            "`topup resolve`",
+        )
+    else:
+        yield ok("ledger", f"each open order was sent to {identity}")
 
 
 def _ask(connection: Connection) -> LedgerFacts:

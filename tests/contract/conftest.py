@@ -65,6 +65,8 @@ def _now() -> int:
 def _column(name: str, value: object) -> object:
     if name == "status":
         return Status(str(value))
+    if name == "api_identity":
+        return value
     moment = datetime.fromisoformat(str(value)).replace(tzinfo=UTC)
     return round(moment.timestamp() * MICROS)
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -810,3 +811,36 @@ def test_large_payloads_are_kept_whole(ledger: Ledger, database: Database) -> No
 
     assert database.row("app:r1")["payload"] == large
     assert database.rows("quarantine")[0]["raw"] == large
+
+
+def test_each_claim_notes_the_api_and_those_of_another_are_counted(
+    database: Database, profile: ApiProfile
+) -> None:
+    ours = database.make_ledger(profile, lease_s=30)
+    there = (Status.IN_FLIGHT, Status.IN_DOUBT, Status.PARKED, Status.ACCEPTED)
+    for number, status in enumerate(Status):
+        topup = order(f"r{number}", msisdn=f"+39333000000{number}")
+        make(status, ours, database, topup)
+        entry = entry_of(ours, topup)
+        expected = None if status is Status.HELD else profile.identity
+        assert entry.api_identity == expected
+    assert ours.count_of_other_apis() == 0
+
+    for number, (status, identity) in enumerate(
+        product(there, ("generic@old", None, profile.identity))
+    ):
+        topup = order(f"s{number}", msisdn=f"+3933300001{number:02}")
+        make(status, ours, database, topup)
+        database.change(topup.idempotency_key, api_identity=identity)
+    assert ours.count_of_other_apis() == 2 * len(there)
+
+
+def test_reclaim_notes_the_api_that_is_called_now(
+    ledger: Ledger, database: Database, profile: ApiProfile
+) -> None:
+    entry = make(Status.RELEASED, ledger, database, order())
+    database.change("app:r1", api_identity="generic@old")
+
+    assert ledger.reclaim(entry) is not None
+
+    assert entry_of(ledger, order()).api_identity == profile.identity

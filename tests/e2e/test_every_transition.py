@@ -182,6 +182,8 @@ def test_every_legal_transition_is_made_by_processes_and_no_other(
         env = env_of(transitions, api) | {
             "RECHARGE_API_SETTLE_S": str(SETTLE_S),
             "RECHARGE_API_ACCEPTED_MAX_S": "1",
+            # One API, at two addresses.
+            "RECHARGE_API_IDENTITY": "sandbox",
         }
         ledger = urlsplit(env["LEDGER_DATABASE_URL"])
         to_ledger = proxy.link("ledger", (str(ledger.hostname), ledger.port or 0))

@@ -33,6 +33,7 @@ DEADLINES = {
 POINTS = ("claim_unsent", "claim_committed", "call_unsent", "answer_arrived")
 LAST_POINT = "settlement_committed"
 A = "+393331234567"
+B = "+393331234568"
 
 
 def env_of(database: Database, api: SandboxRechargeApi) -> dict[str, str]:
@@ -210,3 +211,34 @@ def test_resolver_stops_in_order_when_it_is_told_to(
             )
             once.wait_until_dead(DEADLINE_S)
         assert "Traceback" not in (tmp_path / "once.log").read_text()
+
+
+@pytest.mark.parametrize("kind", [Kind.REFUSE, Kind.LOOKUP, Kind.REPLAY])
+def test_doubt_of_one_api_is_never_sent_to_the_next(
+    database: Database, tmp_path: Path, kind: Kind
+) -> None:
+    """The address changes while an order is in doubt: the first API executed it."""
+    with (
+        SandboxRechargeApi(kind=kind, book=tmp_path / "old.jsonl") as old,
+        SandboxRechargeApi(kind=kind, book=tmp_path / "new.jsonl") as new,
+    ):
+        old.add_faults(Script(Fault.EXECUTE_THEN_DROP, key="app:r1"))
+        old.add_faults(Script(Fault.ERROR_BEFORE, key="app:r1"))
+        old.add_faults(Script(Fault.ERROR_BEFORE, on="lookup"))
+        with FunctionProcess(tmp_path, env=env_of(database, old)) as function:
+            assert post(function.url, "r1", offset=1) == 424
+        env = env_of(database, new)
+        with (
+            FunctionProcess(tmp_path, env=env) as function,
+            resolver(tmp_path, env) as part,
+        ):
+            log = tmp_path / "resolver.log"
+            wait_until(lambda: "api_of_another_identity" in log.read_text())
+            assert post(function.url, "r1", offset=1) == 424
+            assert post(function.url, "r2", B, offset=2) == 200
+            part.stop()
+        assert '"orders_of_another_api"' in log.read_text()
+
+    assert executed(old.book) == ["app:r1"]
+    assert executed(new.book) == ["app:r2"]
+    assert [call.key for call in new.book.calls()] == ["app:r2"]

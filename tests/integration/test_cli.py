@@ -539,3 +539,21 @@ def test_statuses_of_a_real_process(env: dict[str, str], tmp_path: Path) -> None
     path.write_text("key,amount,currency,executed_at\na:1,1,EUR,2026-01-01T00:00:00Z\n")
     assert process(env, "reconcile", str(path)).returncode == 1
     assert process({}, "ledger", "list").returncode == 1
+
+
+def test_migrate_notes_the_api_of_what_an_earlier_revision_sent(
+    topup: Run, sqlite_database: Database
+) -> None:
+    put(sqlite_database, "app:r1", Status.PARKED)
+    put(sqlite_database, "app:r2", Status.ACCEPTED)
+    assert "not known" in topup("ledger", "stats").stdout
+    url = {"RECHARGE_API_URL": "http://api.example/v1"}
+
+    noted = topup("migrate", **url).stdout
+    again = topup("migrate", **url).stdout
+
+    said = "noted that 2 open orders were sent to generic@api.example/v1"
+    assert said in noted
+    assert "noted" not in again
+    (row,) = spoken(topup("ledger", "stats", "--json"))["apis"]
+    assert (row["name"], row["count"]) == ("generic@api.example/v1", 2)

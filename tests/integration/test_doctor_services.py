@@ -19,12 +19,14 @@ from sqlalchemy import text
 from certs.make_certs import make_certs
 from demo.mariadb import MariaDbServer
 from demo.recharge_api import Kind, SandboxRechargeApi
+from function.api_profile import load_profile
 from function.cli import main
 from function.database import make_engine
 from function.doctor.ledger import LedgerFacts, judge, rights_of
 from function.grants import ROLES, grants_of
 from function.migrate import SCHEMA_REVISION, migrate
 from tests.conftest import Database, settings_of
+from tests.orders import order
 from tests.servers import require
 
 #: The cluster is another test's: here there is one that is whole.
@@ -538,3 +540,20 @@ def test_profile_that_is_not_there_is_an_error(api: Api) -> None:
 
     assert found["severity"] == "error"
     assert "RECHARGE_API_PROFILE" in found["message"]
+
+
+def test_orders_of_another_api_are_a_finding(
+    sqlite_database: Database,
+) -> None:
+    env = {**sqlite_database.env, "RECHARGE_API_URL": "http://127.0.0.1:9"}
+    old = replace(load_profile(settings_of(env)), identity="generic@old")
+    ledger = sqlite_database.make_ledger(old, lease_s=30)
+    assert not any("sent to another" in each for each in bad(told(env)))
+    assert ledger.claim(order())
+
+    (found,) = bad(told(env))
+
+    assert found.startswith("warning: 1 orders in flight")
+    assert "another recharge API than generic@127.0.0.1:9" in found
+    named = env | {"RECHARGE_API_IDENTITY": "generic@old"}
+    assert bad(told(named)) == []

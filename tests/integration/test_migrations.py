@@ -5,10 +5,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 
+from function.api_profile import load_profile
 from function.errors import LedgerUnavailable
-from function.migrate import SCHEMA_REVISION, migrate, require_migrated
+from function.migrate import SCHEMA_REVISION, migrate, note_api, require_migrated
+from function.model import Answer, AnswerClass
 from function.schema import metadata
-from tests.conftest import Database
+from tests.conftest import Database, settings_of
+from tests.orders import order
 
 
 def test_migrated_database_is_what_the_code_thinks_it_is(database: Database) -> None:
@@ -57,3 +60,32 @@ def test_unmigrated_database_is_said_in_words(database: Database) -> None:
 
 def test_migrating_again_changes_nothing(database: Database) -> None:
     assert migrate(database.engine) == migrate(database.engine) == SCHEMA_REVISION
+
+
+def test_open_orders_of_the_revision_before_are_noted_once(
+    database: Database,
+) -> None:
+    """What was never sent, or is ended, or is noted already, stays as it is."""
+    profile = load_profile(settings_of({"LEDGER_DATABASE_URL": "sqlite://"}))
+    ledger = database.make_ledger(profile, lease_s=30)
+    claim = ledger.claim(order("settled"))
+    assert claim
+    assert ledger.settle("app:settled", claim.token, Answer(AnswerClass.DONE))
+    assert ledger.claim(order("open", msisdn="+393330000001"))
+    assert ledger.claim(order("noted", msisdn="+393330000002"))
+    assert ledger.hold(order("held", msisdn="+393330000002"))
+    database.change(api_identity=None)
+    database.change("app:noted", api_identity="generic@other")
+
+    assert note_api(database.engine, "generic@old") == 1
+    assert note_api(database.engine, "generic@new") == 0
+
+    noted = {
+        row["idempotency_key"]: row["api_identity"] for row in database.rows("topup")
+    }
+    assert noted == {
+        "app:settled": None,
+        "app:open": "generic@old",
+        "app:noted": "generic@other",
+        "app:held": None,
+    }

@@ -1,5 +1,7 @@
 """One stuck subscriber holds up nobody else; an outage parks nobody for good."""
 
+import threading
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 
@@ -8,6 +10,7 @@ import pytest
 from function.api_profile import Kind
 from function.errors import LedgerUnavailable
 from function.model import Answer, AnswerClass, Finding, LookUp, Outcome, TopUp
+from function.operations import Verdict
 from function.resolver import Resolver
 from tests.conftest import Database
 from tests.integration.test_processing import (
@@ -838,3 +841,83 @@ def test_resolver_outlives_what_one_order_makes_it_raise(database: Database) -> 
     assert rpod.alerts == [("order_put_aside", "app:a1")]
     assert pod.status(order("b1", msisdn=B)) == "succeeded"
     assert pod.status(order("c1", msisdn=C)) == "succeeded"
+
+
+@pytest.mark.parametrize("kind", [Kind.REPLAY, Kind.REFUSE, Kind.LOOKUP])
+@pytest.mark.parametrize(
+    ("identity", "reason"),
+    [("old", "api_of_another_identity"), (None, "api_identity_unknown")],
+)
+def test_doubt_of_another_api_is_neither_asked_for_nor_sent_here(
+    database: Database, kind: Kind, identity: str | None, reason: str
+) -> None:
+    """Absent here says nothing about there; the person is told once."""
+    pod = Pod(database, kind)
+    assert first(pod, order()) is Outcome.PARKED
+    database.change("app:r1", api_identity=identity)
+    pod.let_time_pass()
+    resolver, rpod = resolver_of(database, kind, settle_s=0.0, window_s=1e12)
+    rpod.api.findings = [ABSENT]
+
+    for _ in range(3):
+        resolver.run_once()
+
+    assert (rpod.api.sent, rpod.api.asked) == ([], [])
+    assert database.row("app:r1")["reason"] == reason
+    assert rpod.alerts == [("parked", "app:r1")]
+
+
+@pytest.mark.parametrize("identity", ["old", None])
+@pytest.mark.parametrize("found", [ABSENT, EXECUTED, LookUp(Finding.FAILED)])
+def test_order_that_another_api_accepted_is_not_followed_here(
+    database: Database, identity: str | None, found: LookUp
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    assert pod.deliver(order(), ACCEPTED) is Outcome.ACCEPTED
+    database.change("app:r1", api_identity=identity)
+    resolver, rpod = resolver_of(database, Kind.REFUSE, settle_s=0.0)
+    rpod.api.findings = [found]
+
+    for _ in range(3):
+        resolver.run_once()
+
+    assert rpod.api.asked == []
+    assert pod.status(order()) == "accepted"
+    assert [key for _, key in rpod.alerts] == ["app:r1"]
+    database.change("app:r1", lease_until="2000-01-01 00:00:00")
+    verdict = database.decide(
+        "app:r1", Verdict.EXECUTED, reason="their statement", reference="R-9"
+    )
+    assert verdict
+    assert pod.status(order()) == "succeeded"
+
+
+def test_what_another_api_did_not_execute_is_sent_to_this_one(
+    database: Database,
+) -> None:
+    """Of a released or held order nothing was executed anywhere."""
+    pod = Pod(database, Kind.REFUSE)
+    assert pod.deliver(order(), NOT_SENT) is Outcome.RELEASED
+    database.change("app:r1", api_identity="old")
+
+    assert pod.deliver(order(), DONE) is Outcome.SUCCEEDED
+
+
+def test_resolver_says_at_its_start_how_many_orders_are_of_another_api(
+    database: Database,
+) -> None:
+    pod = Pod(database, Kind.REFUSE)
+    pod.doubt(order())
+    database.change("app:r1", api_identity="old")
+    resolver, rpod = resolver_of(database, Kind.REFUSE)
+    stop, rounds = threading.Event(), count(1)
+
+    def run_once() -> Counter[str]:
+        if next(rounds) == 3:
+            stop.set()
+        return Counter()
+
+    resolver.run_once = run_once  # type: ignore[method-assign]
+    resolver.run(stop, 0.0)
+
+    assert rpod.alerts == [("orders_of_another_api", "")]

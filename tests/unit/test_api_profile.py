@@ -523,3 +523,32 @@ def test_key_is_compared_only_where_the_api_repeats_it(tmp_path: Path) -> None:
 
     answer = own.classify(201, DONE | {"idempotencyKey": "app:r-2"}, KEY)
     assert answer.classified is AnswerClass.DONE
+
+
+@pytest.mark.parametrize(
+    ("env", "identity"),
+    [
+        ({"RECHARGE_API_URL": "https://api.example"}, "generic@api.example"),
+        ({"RECHARGE_API_URL": "http://API.example/"}, "generic@api.example"),
+        ({"RECHARGE_API_URL": "http://a:8080/v1/"}, "generic@a:8080/v1"),
+        # What stands before the host is a secret.
+        ({"RECHARGE_API_URL": "https://me:hunter2@a/v1"}, "generic@a/v1"),
+        ({"RECHARGE_API_IDENTITY": "acme-live"}, "acme-live"),
+    ],
+)
+def test_api_has_a_name_in_the_ledger(env: dict[str, str], identity: str) -> None:
+    assert profile(**env).identity == identity
+
+
+def test_api_without_an_address_is_named_by_its_profile() -> None:
+    ledger_only = Settings.ledger_only({"LEDGER_DATABASE_URL": "sqlite://"})
+
+    assert load_profile(ledger_only).identity == "generic"
+
+
+@pytest.mark.parametrize("url", [f"http://a/{'x' * 200}", "http://a/caf\u00e9"])
+def test_address_that_makes_no_name_asks_for_one(url: str) -> None:
+    with pytest.raises(SettingsError, match="RECHARGE_API_IDENTITY is missing"):
+        profile(RECHARGE_API_URL=url)
+    named = profile(RECHARGE_API_URL=url, RECHARGE_API_IDENTITY="a")
+    assert named.identity == "a"

@@ -159,6 +159,7 @@ ENTRY = Entry(
     not_executed=0,
     wait_s=0.0,
     api_kind=None,
+    api_identity=PROFILE.identity,
     last_class=AnswerClass.UNKNOWN,
     reference=None,
     reason="",
@@ -203,4 +204,19 @@ def test_doubt_about_another_kind_of_api_is_a_persons_case(
     profile = replace(PROFILE, kind=Kind.REPLAY)
 
     assert way_out(replace(ENTRY, api_kind=known), profile) == reason
+    assert reason in NEEDS_PERSON
+
+
+@pytest.mark.parametrize("kind", [*Kind])
+@pytest.mark.parametrize(
+    ("known", "reason"),
+    [(None, "api_identity_unknown"), ("generic@old", "api_of_another_identity")],
+)
+def test_doubt_about_another_api_is_a_persons_case(
+    kind: Kind, known: str | None, reason: str
+) -> None:
+    profile = replace(PROFILE, kind=kind)
+    entry = replace(ENTRY, api_kind=kind, api_identity=known)
+
+    assert way_out(entry, profile) == reason
     assert reason in NEEDS_PERSON

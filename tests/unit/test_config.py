@@ -299,3 +299,9 @@ def test_pattern_of_subjects_is_refused() -> None:
     pattern = {"EVENTS_OIDC_SUBJECTS": "system:serviceaccount:shop:*"}
 
     assert "EVENTS_OIDC_SUBJECTS" in refusal(REQUIRED | OIDC | pattern)
+
+
+@pytest.mark.parametrize("identity", ["a b", "x" * 201, "caf\u00e9"])
+def test_identity_that_no_ledger_takes_refuses_to_start(identity: str) -> None:
+    with pytest.raises(SettingsError, match="RECHARGE_API_IDENTITY"):
+        Settings.from_env({**REQUIRED, "RECHARGE_API_IDENTITY": identity})
