@@ -9,6 +9,7 @@ Read in this order, which is the order of one event, then of what surrounds it:
     event_tokens.py   who may post, where it is asked; issuer_keys.py by whose keys
     events.py         CloudEvent -> TopUp
     json_bound.py     how much memory a JSON text may become
+    patience.py       how long what can't become an order is delivered again
     placement.py      did the record come where its subscriber's records must come
     processing.py     claim, recharge, settle; doubt
     circuit_breaker.py  when most calls fail, none is made for a while
@@ -42,6 +43,7 @@ LAYERS = (
     ("api_profile", "api_auth", "events", "schema", "database", "issuer_keys"),
     ("rules", "attempt_end"),
     ("migrate", "ledger", "recharge_api", "processing", "event_tokens"),
+    ("patience",),
     ("operations", "retention", "reconcile", "replay", "grants", "resolver"),
     ("doctor.ledger", "doctor.api", "doctor.source", "doctor.topics"),
     ("doctor.pods", "doctor.scaling"),

@@ -115,6 +115,11 @@ class Settings:
         "CloudEvents type of an order; ends in `.requested.v` and a number.",
         default="com.example.topup.requested.v1",
     )
+    event_unknown_type_wait_s: float = _setting(
+        "How long events of a type that this version does not know are delivered "
+        "again, from the first sight of the type; then they are kept in quarantine.",
+        default=600.0,
+    )
     event_bytes_max: int = _setting(
         "Larger events are recorded in quarantine.", default=256 * 1024
     )
@@ -249,7 +254,11 @@ class Settings:
         ]
         problems += [
             f"{name.upper()} must not be less than 0"
-            for name in ("resolve_second_person_above_minor", "replay_horizon_s")
+            for name in (
+                "event_unknown_type_wait_s",
+                "resolve_second_person_above_minor",
+                "replay_horizon_s",
+            )
             if getattr(self, name) < 0
         ]
         problems += [

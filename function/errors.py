@@ -7,7 +7,8 @@ Owns the error classes; imports nothing.
     ├── EventError             this delivery can't become a TopUp
     │   ├── MalformedEvent     not a readable CloudEvent with JSON data: quarantine, 400
     │   ├── InvalidEvent       readable, but breaks a rule: quarantine, 400
-    │   └── UnknownEventType   not ours, or newer than this software: 503, alert
+    │   └── UnknownEventType   not ours, or newer than this software: 503, later
+    │                          quarantine, 422
     ├── LedgerError
     │   ├── LedgerUnavailable  nothing is known to be half-done: 503, deliver again
     │   ├── ClaimUncertain     perhaps committed: never send, disown the token, 503
@@ -46,6 +47,11 @@ class InvalidEvent(EventError):
 
 class UnknownEventType(EventError):
     """Not our event type, or a newer major version: our software is old."""
+
+    def __init__(self, reason: str, event_type: str) -> None:
+        super().__init__(reason)
+        #: Foreign text: the type as the event has it.
+        self.event_type = event_type
 
 
 class LedgerError(TopupError):

@@ -52,6 +52,8 @@ _REPLAYED: Final = frozenset(
 )
 _PARTITION_MAX: Final = 2**31 - 1
 _OFFSET_MAX: Final = 2**63 - 1
+#: ITU-T E.164: at most 15 digits.
+_E164: Final = re.compile(r"\+[1-9][0-9]{1,14}")
 _TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
 #: An escape that may be half of a pair; most orders have none.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -74,7 +76,8 @@ def read_topup(headers: Mapping[str, str], body: bytes, event_type: str) -> TopU
             records is an order, too.
 
     Raises:
-        UnknownEventType: not an order that this version knows: answer 503.
+        UnknownEventType: not an order that this version knows: `Patience` says how
+            long it is delivered again.
         MalformedEvent: not a CloudEvent with JSON data: quarantine, 400.
         InvalidEvent: the data breaks a rule: quarantine, 400. As for the one
             before, the message is safe to log and to answer.
@@ -133,6 +136,16 @@ def position_of(
     if not _TOPIC.fullmatch(topic) or partition is None or offset is None:
         return None
     return Position(topic, partition, offset)
+
+
+def subscriber_of_record(headers: Mapping[str, str]) -> str | None:
+    """The subscriber as the record's key names it, or None if the key names nobody.
+
+    All that is known of an event that can't be read; an order's own number decides.
+    """
+    known = {name.lower(): value for name, value in headers.items()}
+    key = known.get("ce-key") or known.get("ce-partitionkey") or ""
+    return key if _E164.fullmatch(key) else None
 
 
 def attributes_of(headers: Mapping[str, str]) -> dict[str, str]:
@@ -242,7 +255,7 @@ def _as_it_is(data: Any) -> Any:
 
 def _require_known(event: CloudEvent, event_type: str) -> None:
     if event["type"] not in {event_type, RAW_EVENT_TYPE}:
-        raise UnknownEventType("type: is not known to this version")
+        raise UnknownEventType("type: is not known to this version", event["type"])
 
 
 def _content_type(headers: Mapping[str, str]) -> tuple[str, str]:

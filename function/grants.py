@@ -58,7 +58,11 @@ _PROCESSING: Final = (
 #: Role -> (rights, table). All but migrate's, which are on the whole database.
 _RIGHTS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     # Ready once the ledger is migrated; the others find out by themselves.
-    "function": (("SELECT", "alembic_version"), *_PROCESSING),
+    "function": (
+        ("SELECT", "alembic_version"),
+        ("SELECT, INSERT, UPDATE (times)", "sighting"),
+        *_PROCESSING,
+    ),
     "resolver": _PROCESSING,
     "operator": (
         ("SELECT, UPDATE (status, updated_at, doubts, reference, reason)", "topup"),
@@ -76,6 +80,7 @@ _RIGHTS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
         ("SELECT, DELETE, UPDATE (msisdn, payload)", "topup"),
         ("SELECT, DELETE, UPDATE (words)", "attempt"),
         ("SELECT, DELETE, UPDATE (raw, attributes)", "quarantine"),
+        ("SELECT, DELETE", "sighting"),
     ),
 }
 #: DELETE is for a rule that is set anew. No DROP: the migration that takes something

@@ -7,6 +7,7 @@ Every change of status is a compare-and-set on the status and the token that wer
 seen. Clocks are the database's. `claim` and `settle` are one round trip each.
 """
 
+import contextlib
 import json
 import secrets
 from hashlib import sha256
@@ -54,6 +55,7 @@ from function.model import (
     Line,
     Position,
     Refused,
+    Sighting,
     Status,
     Stored,
     TopUp,
@@ -67,6 +69,7 @@ from function.schema import (
     is_before,
     pause,
     quarantine,
+    sighting,
     topup,
 )
 
@@ -161,6 +164,7 @@ class Ledger:
             is_channel_paused,
             blocker,
             bool(row.is_stuck),
+            bool(row.is_place_kept),
             row.paused or "",
         )
         return (_entry(row) if row.idempotency_key else None), line
@@ -473,7 +477,7 @@ class Ledger:
         """
         position = refused.position
         values = {
-            "identity": _identity(refused),
+            "identity": identity_of(refused),
             "outcome": refused.outcome.value,
             "detail": refused.detail[:500],
             "idempotency_key": refused.idempotency_key,
@@ -490,6 +494,45 @@ class Ledger:
         except IntegrityError:
             return False
         return True
+
+    def see(self, name: str) -> Sighting:
+        """Count a sighting of something that can't be recorded yet.
+
+        Args:
+            name: SHA-256 in hex of what it is.
+
+        """
+        with connected(self._engine) as connection:
+            if connection.execute(_SEE_AGAIN, {"sighted": name}).rowcount == 0:
+                # Somebody else may see it first at this very moment.
+                with contextlib.suppress(IntegrityError):
+                    connection.execute(_SEE, {"sighted": name})
+            row = connection.execute(_SIGHTING, {"sighted": name}).one()
+        return Sighting(row.times, float(row.age_s))
+
+    def keep_place(self, place: TopUp, reason: str) -> bool:
+        """Keep a record's place in its subscriber's line: from `kept_place`.
+
+        Returns False if the ledger has a row of this record already.
+
+        """
+        values = self._row(place) | {"reason": reason}
+        try:
+            with connected(self._engine) as connection:
+                return connection.execute(_KEEP_PLACE, values).rowcount == 1
+        except IntegrityError:
+            return False
+
+    def end_place(self, order: TopUp) -> bool:
+        """End the row that kept this order's place: the order itself stands there.
+
+        Returns False if there is none.
+
+        """
+        _check(Status.PARKED, Status.ABANDONED)
+        values = _position(order) | {"subscriber": order.msisdn}
+        with connected(self._engine) as connection:
+            return connection.execute(_END_PLACE, values).rowcount > 0
 
     def _try_to_claim(self, statement: Any, values: dict[str, Any], token: str) -> bool:
         try:
@@ -522,7 +565,7 @@ class Ledger:
         }
 
 
-def _identity(refused: Refused) -> str:
+def identity_of(refused: Refused) -> str:
     """What makes a record in quarantine the same: all of its parts, each apart.
 
     Where they ran together, two large records could be one: offset 1 with 23456 bytes
@@ -621,6 +664,12 @@ def _entry(row: Any) -> Entry:
 
 # -- The statements, built once: only their values differ from call to call. --------
 
+
+def _is_kept_place(table: Any) -> Any:
+    """Whether a row is no order, but keeps the place of a record (`kept_place`)."""
+    return and_(table.c.status == Status.PARKED.value, table.c.sent_at.is_(None))
+
+
 _KEY: Final = topup.c.idempotency_key == bindparam("key")
 
 
@@ -716,6 +765,46 @@ _HOLD: Final = insert(topup).from_select(
 _put_off_columns, _put_off_source = _new_row(Status.RELEASED, _place_at_the_end)
 _PUT_OFF: Final = insert(topup).from_select(_put_off_columns, _put_off_source)
 
+_its_record = topup.alias("its_record")
+_place_columns, _place_source = _new_row(
+    Status.PARKED,
+    func.coalesce(_place_of_later, _place_at_the_end),
+    reason=bindparam("reason"),
+)
+_KEEP_PLACE: Final = insert(topup).from_select(
+    _place_columns,
+    _place_source.where(
+        not_(
+            exists().where(
+                _its_record.c.msisdn == bindparam("subscriber"),
+                _its_record.c.topic == bindparam("at_topic"),
+                _its_record.c.kafka_partition == bindparam("at_partition"),
+                _its_record.c.kafka_offset == bindparam("at_offset"),
+            )
+        )
+    ),
+)
+_END_PLACE: Final = (
+    update(topup)
+    .where(
+        topup.c.msisdn == bindparam("subscriber"),
+        topup.c.unsettled == 1,
+        _is_kept_place(topup),
+        topup.c.topic == bindparam("at_topic"),
+        topup.c.kafka_partition == bindparam("at_partition"),
+        topup.c.kafka_offset == bindparam("at_offset"),
+    )
+    .values(status=Status.ABANDONED.value, reason="replayed", updated_at=Now())
+)
+_SIGHTED: Final = sighting.c.name == bindparam("sighted")
+_SEE: Final = insert(sighting).values(
+    name=bindparam("sighted"), first_seen_at=Now(), times=literal_column("1")
+)
+_SEE_AGAIN: Final = update(sighting).where(_SIGHTED).values(times=sighting.c.times + 1)
+_SIGHTING: Final = select(
+    sighting.c.times, AgeS(sighting.c.first_seen_at).label("age_s")
+).where(_SIGHTED)
+
 # MySQL reads the table that it updates only through a derived table that it must
 # build first; the LIMIT keeps it from merging it.
 _me = topup.alias("me")
@@ -807,6 +896,16 @@ _LOOK: Final = select(
     .where(_stands_before, _earlier.c.status.in_((Status.PARKED, Status.HELD)))
     .correlate(topup)
     .label("is_stuck"),
+    exists()
+    .where(
+        _stands_before,
+        _is_kept_place(_earlier),
+        _earlier.c.topic == bindparam("at_topic"),
+        _earlier.c.kafka_partition == bindparam("at_partition"),
+        _earlier.c.kafka_offset == bindparam("at_offset"),
+    )
+    .correlate(topup)
+    .label("is_place_kept"),
 ).select_from(
     select(literal_column("1").label("one"))
     .subquery("one")
@@ -852,6 +951,8 @@ _DUE: Final = (
             ),
             and_(
                 topup.c.status == Status.PARKED.value,
+                # A place that is kept was never sent: nobody can look it up.
+                topup.c.sent_at.is_not(None),
                 bindparam("is_parked_due") == 1,
                 _is_parked_unlooked,
             ),

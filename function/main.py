@@ -7,6 +7,7 @@ an order. Loaded by path, as module `main`: nothing else may import it.
 import contextlib
 import functools
 import threading
+from dataclasses import replace
 from typing import Final
 
 import flask
@@ -26,10 +27,17 @@ from function.errors import (
     UnknownEventType,
 )
 from function.event_tokens import EventTokens, NotAdmitted
-from function.events import attributes_of, position_of, read_topup, reply_to
+from function.events import (
+    attributes_of,
+    position_of,
+    read_topup,
+    reply_to,
+    subscriber_of_record,
+)
 from function.ledger import Ledger
 from function.migrate import require_migrated
 from function.model import Outcome, Receipt, Refused, TopUp
+from function.patience import Patience
 from function.placement import PlacementWatch
 from function.processing import Processing
 from function.recharge_api import RechargeApi
@@ -46,6 +54,7 @@ STATUS: Final[dict[Outcome, int]] = {
     Outcome.TOO_LARGE: 413,
     Outcome.KEY_REUSED: 422,
     Outcome.UNKNOWN_TYPE: 503,
+    Outcome.QUARANTINED: 422,
     Outcome.NOT_ADMITTED: 503,
     Outcome.IN_FLIGHT: 409,
     Outcome.WAITING: 409,
@@ -83,6 +92,12 @@ class Services:
             deadline_s=settings.recharge_api_deadline_s,
             lease_s=settings.ledger_lease_s,
             is_draining=draining.is_set,
+            alert=telemetry.alert,
+        )
+        self.patience = Patience(
+            self.ledger,
+            self.processing.breaker,
+            unknown_type_s=settings.event_unknown_type_wait_s,
             alert=telemetry.alert,
         )
 
@@ -150,10 +165,10 @@ def handle_topup(request: flask.Request) -> flask.Response:
     except LedgerUnavailable as error:
         telemetry.alert("ledger_unavailable", "", "", detail=str(error))
         return _respond(Receipt(Outcome.LEDGER_UNAVAILABLE))
-    # Whatever we didn't foresee: the record must come again, nothing may leak.
+    # Whatever we didn't foresee: the record must not be lost, nothing may leak.
     except Exception as error:  # noqa: BLE001
         telemetry.error("unforeseen", error, path=request.path)
-        return flask.Response(status=STATUS[Outcome.UNFORESEEN])
+        return flask.Response(status=STATUS[_unforeseen(request)])
 
 
 def _probe(path: str) -> flask.Response:
@@ -167,8 +182,28 @@ def _probe(path: str) -> flask.Response:
     return flask.Response(status=404)
 
 
+def _unforeseen(request: flask.Request) -> Outcome:
+    """Count a record that raised an error; what can't even be counted comes again."""
+    if request.method != "POST":
+        return Outcome.UNFORESEEN
+    try:
+        headers, body = dict(request.headers.items()), request.get_data()
+        detail = "an error nobody foresaw"
+        refused = _refused(Outcome.UNFORESEEN, detail, headers, body)
+        # It may be too large to be read whole.
+        announced = int(request.environ[ANNOUNCED_BYTES])
+        refused = replace(refused, announced_bytes=announced)
+        subscriber = subscriber_of_record(headers)
+        return services().patience.with_unforeseen(refused, subscriber).outcome
+    except LedgerUnavailable as error:
+        telemetry.alert("ledger_unavailable", "", "", detail=str(error))
+    except Exception as error:  # noqa: BLE001
+        telemetry.error("unforeseen", error, path=request.path)
+    return Outcome.UNFORESEEN
+
+
 def _deliver(request: flask.Request) -> flask.Response:
-    body = request.get_data(cache=False)
+    body = request.get_data()
     headers = dict(request.headers.items())
     if draining.is_set():
         return _respond(Receipt(Outcome.DRAINING))
@@ -184,8 +219,13 @@ def _deliver(request: flask.Request) -> flask.Response:
         order = read_topup(headers, body, settings.event_type)
         services().profile.require_sendable(order)
     except UnknownEventType as error:
-        telemetry.alert("unknown_event_type", "", "", detail=str(error))
-        return _respond(Receipt(Outcome.UNKNOWN_TYPE))
+        refused = _refused(Outcome.UNKNOWN_TYPE, str(error), headers, body)
+        subscriber = subscriber_of_record(headers)
+        receipt = services().patience.with_unknown_type(
+            error.event_type, refused, subscriber
+        )
+        _log_refused(refused, receipt.outcome, headers)
+        return _respond(receipt)
     except (MalformedEvent, InvalidEvent) as error:
         outcome = (
             Outcome.INVALID if isinstance(error, InvalidEvent) else Outcome.MALFORMED
@@ -201,19 +241,35 @@ def _refuse(
     outcome: Outcome, detail: str, headers: dict[str, str], raw: bytes, announced: int
 ) -> flask.Response:
     """Record what can never be executed, and only then say so."""
-    position = position_of(headers)
-    refused = Refused(outcome, detail, raw, announced, attributes_of(headers), position)
+    refused = replace(
+        _refused(outcome, detail, headers, raw), announced_bytes=announced
+    )
     is_new = services().ledger.put_in_quarantine(refused)
+    _log_refused(refused, outcome, headers, repetition=not is_new)
+    return _respond(Receipt(outcome, reason=detail))
+
+
+def _refused(
+    outcome: Outcome, detail: str, headers: dict[str, str], raw: bytes
+) -> Refused:
+    """A record as quarantine keeps it."""
+    position = position_of(headers)
+    return Refused(outcome, detail, raw, len(raw), attributes_of(headers), position)
+
+
+def _log_refused(
+    refused: Refused, outcome: Outcome, headers: dict[str, str], **fields: object
+) -> None:
+    position = refused.position
     telemetry.log(
         "delivery",
         outcome=outcome.value,
-        detail=detail,
-        repetition=not is_new,
+        detail=refused.detail,
         event_id=headers.get("Ce-Id"),
         partition=position.partition if position else None,
         offset=position.offset if position else None,
+        **fields,
     )
-    return _respond(Receipt(outcome, reason=detail))
 
 
 def _respond(receipt: Receipt, order: TopUp | None = None) -> flask.Response:

@@ -260,6 +260,8 @@ class Line:
     blocker: Status | None
     #: A parked or held one stands before it: its own record need not come again.
     is_stuck: bool
+    #: Its own place is kept by a row that stands for its record: see `kept_place`.
+    is_place_kept: bool = False
     #: Who has paused it, and why, in their own words.
     pause: str = ""
 
@@ -291,7 +293,10 @@ class Outcome(Enum):
     INVALID = "invalid"
     TOO_LARGE = "too_large"
     KEY_REUSED = "key_reused"
+    #: Of a type that this version does not know; a roll-out may be under way.
     UNKNOWN_TYPE = "unknown_type"
+    #: Recorded with its bytes after waiting in vain: a replay brings it again.
+    QUARANTINED = "quarantined"
     #: No token or a bad one, where tokens are demanded: nothing was even read.
     NOT_ADMITTED = "not_admitted"
     #: Another attempt holds a live claim of this key.
@@ -332,7 +337,7 @@ class Receipt:
 class Refused:
     """An event that was recorded and can never be executed as it is."""
 
-    #: `malformed`, `invalid`, `too_large` or `key_reused`.
+    #: `malformed`, `invalid`, `too_large`, `key_reused`, `unknown_type`, `unforeseen`.
     outcome: Outcome
     #: The rule that was broken and where; safe to log.
     detail: str
@@ -343,5 +348,59 @@ class Refused:
     #: The request's CloudEvent attributes and content type.
     attributes: dict[str, str]
     position: Position | None
-    #: Known only for a reused key.
+    #: Known only for a reused key, and for one whose place in a line is kept.
     idempotency_key: str | None = None
+
+
+class Sighting(NamedTuple):
+    """What the ledger knows of something that came and could not be recorded yet."""
+
+    #: How often it was seen, this time included.
+    times: int
+    #: Seconds since it was seen first; 0 the first time.
+    age_s: float
+
+
+#: How the key of a row begins that keeps a record's place: no channel does,
+#: percent-encoded as they are.
+PLACE: Final = "!"
+
+
+def kept_place(refused: Refused, subscriber: str) -> TopUp:
+    """A row that keeps the place of a record that nobody could read an order from.
+
+    It is parked and was never sent: the subscriber's later orders are held behind it
+    until the record itself is replayed, or a person abandons it.
+
+    Args:
+        refused: with its position and the key of the row.
+        subscriber: as the record's key names it.
+
+    """
+    return TopUp(
+        idempotency_key=refused.idempotency_key or "",
+        fingerprint="",
+        channel=PLACE,
+        recharge_id="",
+        msisdn=subscriber,
+        amount_minor=0,
+        currency="XXX",
+        requested_at="",
+        donor_msisdn=None,
+        payload=b"",
+        position=refused.position,
+        event_id="",
+        event_source="",
+    )
+
+
+def key_of_place(position: Position) -> str:
+    """The key of the row that keeps a record's place: its position, in ASCII."""
+    where = f"{position.topic}:{position.partition}:{position.offset}"
+    # A topic may have 249 characters, and a key 200.
+    return f"{PLACE}{where[-199:]}"
+
+
+def is_kept_place(idempotency_key: str) -> bool:
+    """Whether this row is no order, but keeps the place of a record."""
+    return idempotency_key.startswith(PLACE)

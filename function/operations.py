@@ -31,7 +31,7 @@ from sqlalchemy.exc import IntegrityError
 from function.attempt_end import API_IDENTITY_UNKNOWN, API_OF_ANOTHER_IDENTITY
 from function.database import connected, transaction
 from function.errors import IllegalTransition, OperationRefused
-from function.model import ENDED_BY_THE_API, TRANSITIONS, Status
+from function.model import ENDED_BY_THE_API, TRANSITIONS, Status, is_kept_place
 from function.rules import read_rules
 from function.schema import (
     UNPROVEN,
@@ -667,6 +667,11 @@ def _path(
         raise OperationRefused(
             f"{key} is {status}: {verdict} is no decision about that"
             + _HINT.get(status, "")
+        )
+    if is_kept_place(key) and verdict is Verdict.NOT_EXECUTED:
+        raise OperationRefused(
+            f"{key} keeps the place of a record that nobody could read: bring the "
+            f"record itself by `topup replay --quarantine --key '{key}'`, or --abandon"
         )
     if status is Status.ACCEPTED and row["reason"] not in ACCEPTED_CASES:
         raise OperationRefused(f"{key} is {status}{_HINT[status]}")

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import requests
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, exists, select
 from urllib3 import Retry
 
 from function.database import connected
 from function.errors import TopupError
-from function.schema import quarantine
+from function.model import PLACE, TERMINAL
+from function.schema import quarantine, topup
 
 #: Knative's own words about the failure: not part of the record.
 _FAILURE: Final = "knativeerror"
@@ -36,6 +37,19 @@ _HEADER_VALUE: Final = re.compile(
 )
 _SERVER_ERROR: Final = 500
 _HEADER_NAME: Final = re.compile(r"[a-z0-9-]+")
+
+
+#: Of a row that keeps a record's place in its line: the place has ended.
+_IS_ENDED: Final = (
+    exists()
+    .where(
+        topup.c.idempotency_key == quarantine.c.idempotency_key,
+        topup.c.idempotency_key.startswith(PLACE),
+        topup.c.status.in_([status.value for status in sorted(TERMINAL)]),
+    )
+    .correlate(quarantine)
+    .label("is_ended")
+)
 
 
 class ReplayFailed(TopupError):
@@ -69,7 +83,7 @@ class Report:
 
     #: Outcome, or status without one -> how often.
     outcomes: dict[str, int] = field(default_factory=dict)
-    #: Rows that can't be replayed: cut or blanked.
+    #: Rows that are not replayed: cut, blanked, or ended by a person or a replay.
     skipped: int = 0
     #: Letters that met a 5xx or nobody.
     failed: int = 0
@@ -82,7 +96,9 @@ def from_quarantine(
 ) -> Iterator[Letter]:
     """The recorded bytes and attributes, in their original order.
 
-    A row whose bytes were cut (too large) or blanked is skipped and counted.
+    A row whose bytes were cut (too large) or blanked is skipped and counted; so is one
+    whose place in its subscriber's line has ended: a person has abandoned it, or it was
+    replayed.
 
     Args:
         engine: the ledger's.
@@ -121,9 +137,10 @@ def from_quarantine(
     for number in numbers:
         with connected(engine) as connection:
             row = connection.execute(
-                select(quarantine).where(columns.id == number)
+                select(quarantine, _IS_ENDED).where(columns.id == number)
             ).first()
-        if row is None or not row.raw or row.announced_bytes > len(row.raw):
+        is_whole = row and row.raw and row.announced_bytes <= len(row.raw)
+        if row is None or not is_whole or row.is_ended:
             report.skipped += 1
             continue
         yield Letter(_headers_of_row(row, event_type), row.raw, f"quarantine {row.id}")

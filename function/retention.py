@@ -37,6 +37,7 @@ from function.schema import (
     is_behind,
     moment_text,
     quarantine,
+    sighting,
     topup,
 )
 
@@ -123,7 +124,8 @@ class Retention:
     ) -> Purged:
         """Delete settled orders with their attempts, and quarantine; in batches.
 
-        Decisions stay. An order that isn't settled is never touched, however old; nor
+        Decisions stay. An order that isn't settled is never touched, however old, nor a
+        record in quarantine whose place in its subscriber's line is kept; nor
         is one whose key stands in quarantine: a replay of that record would find the
         key unused, and execute it. Quarantine goes first, so that such an order goes in
         the purge that takes the record.
@@ -147,6 +149,8 @@ class Retention:
         cut = self._cut(older_than_s)
         purged = Purged()
         purged.quarantined = self._purge_quarantine(cut, batch, is_dry_run=is_dry_run)
+        if not is_dry_run:
+            self._purge_sightings(cut)
         for status in _SETTLED:
             purged.orders[status.value] = 0
             for keys in self._walk(status, cut, batch, _is_not_quarantined(cut)):
@@ -290,7 +294,14 @@ class Retention:
             return orders.rowcount, attempts.rowcount
 
     def _purge_quarantine(self, cut: str, batch: int, *, is_dry_run: bool) -> int:
-        old = quarantine.c.recorded_at < literal(cut, String)
+        # Whose place in a line is kept is not purged: it may be a good order.
+        old = and_(
+            quarantine.c.recorded_at < literal(cut, String),
+            ~exists().where(
+                topup.c.idempotency_key == quarantine.c.idempotency_key,
+                topup.c.unsettled == 1,
+            ),
+        )
         with connected(self._engine) as connection:
             if is_dry_run:
                 count = select(func.count()).select_from(quarantine).where(old)
@@ -303,6 +314,12 @@ class Retention:
                 )
                 purged += gone.rowcount
             return purged
+
+    def _purge_sightings(self, cut: str) -> None:
+        """A type that comes again later is waited for anew."""
+        old = sighting.c.first_seen_at < literal(cut, String)
+        with connected(self._engine) as connection:
+            connection.execute(delete(sighting).where(old))
 
     def _cut(self, older_than_s: float) -> str:
         """One moment for the whole run, by the database's clock."""

@@ -186,6 +186,17 @@ quarantine: Final = Table(
     Index("quarantined_at", "recorded_at"),
 )
 
+#: What came and could not be recorded yet: how often, and since when.
+sighting: Final = Table(
+    "sighting",
+    metadata,
+    #: SHA-256 of an event type, or of a record as in quarantine's `identity`.
+    Column("name", ascii_text(64), primary_key=True),
+    Column("first_seen_at", _MOMENT, nullable=False),
+    Column("times", Integer, nullable=False),
+    Index("sighted_at", "first_seen_at"),
+)
+
 # Who did it: the database fills in the account that is logged on, and operators have
 # no right to write the column. On SQLite, which knows no accounts, it is UNPROVEN.
 UNPROVEN: Final = "unproven"

@@ -30,6 +30,7 @@ STATUS_OF: Final = {
     "too_large": 413,
     "key_reused": 422,
     "unknown_type": 503,
+    "quarantined": 422,
     "in_flight": 409,
     "waiting": 409,
     "parked": 424,
@@ -40,7 +41,9 @@ STATUS_OF: Final = {
 _ASKS_AGAIN: Final = frozenset({"unknown_type", "in_flight", "waiting", "paused"})
 #: Whose answer says why, in words of the function's own.
 _SAYS_WHY: Final = frozenset({"malformed", "invalid", "too_large"})
-_QUARANTINED: Final = frozenset({"malformed", "invalid", "too_large", "key_reused"})
+_QUARANTINED: Final = frozenset(
+    {"malformed", "invalid", "too_large", "key_reused", "quarantined"}
+)
 #: Of an event that is too large so much is kept.
 _KEPT_BYTES: Final = 16 * 1024
 _OK: Final = 200

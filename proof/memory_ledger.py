@@ -25,6 +25,7 @@ from function.model import (
     Line,
     Position,
     Refused,
+    Sighting,
     Status,
     Stored,
     TopUp,
@@ -124,6 +125,8 @@ class MemoryLedger(Ledger):
         #: Channels, or `*`, and who has paused them and why.
         self.paused: dict[str, str] = {}
         self.decisions: list[dict[str, object]] = []
+        #: How often something was seen, and when first.
+        self.sighted: dict[str, tuple[int, int]] = {}
 
     # -- What the function does ----------------------------------------------------
 
@@ -193,6 +196,7 @@ class MemoryLedger(Ledger):
             self._is_paused(_channel(order)) and not is_all_paused,
             first.status if first else None,
             any(each.status in _STUCK for each in before),
+            any(_keeps_place_of(each, order.position) for each in before),
             self.paused.get("*") or self.paused.get(_channel(order)) or "",
         )
         return (self._entry(row) if row else None), line
@@ -367,6 +371,41 @@ class MemoryLedger(Ledger):
             for row in self.orders.values()
         )
 
+    def see(self, name: str) -> Sighting:
+        """As `Ledger.see`."""
+        now = self._now()
+        times, first_at = self.sighted.get(name, (0, now))
+        self.sighted[name] = times + 1, first_at
+        return Sighting(times + 1, (now - first_at) / MICROS)
+
+    def keep_place(self, place: TopUp, reason: str) -> bool:
+        """As `Ledger.keep_place`."""
+        at = place.position
+        line = self._line_of(place.msisdn)
+        is_known = any(
+            row.msisdn == place.msisdn and _is_here(row, at)
+            for row in self.orders.values()
+        )
+        if is_known or place.idempotency_key in self.orders:
+            return False
+        later = [each.place for each in line if _is_later_here(each, at)]
+        self._record_new(place, Status.PARKED, min(later, default=None))
+        self.orders[place.idempotency_key].reason = reason
+        return True
+
+    def end_place(self, order: TopUp) -> bool:
+        """As `Ledger.end_place`."""
+        _check(Status.PARKED, Status.ABANDONED)
+        kept = [
+            row
+            for row in self._line_of(order.msisdn)
+            if _keeps_place_of(row, order.position)
+        ]
+        for row in kept:
+            self._change(row, Status.ABANDONED)
+            row.reason = "replayed"
+        return bool(kept)
+
     def looked(self, key: str) -> None:
         """As `Ledger.looked`."""
         row = self.orders.get(key)
@@ -395,7 +434,11 @@ class MemoryLedger(Ledger):
                 case Status.HELD:
                     is_due = row.not_before is None or row.not_before <= self._now()
                 case Status.PARKED:
-                    is_due = is_parked_due and self._is_parked_unlooked(row, again_s)
+                    is_due = (
+                        is_parked_due
+                        and row.sent_at is not None
+                        and self._is_parked_unlooked(row, again_s)
+                    )
                 case Status.IN_FLIGHT:
                     is_due = self._is_lease_over(row)
                 case Status.IN_DOUBT | Status.RELEASED:
@@ -626,6 +669,19 @@ def _is_later_here(row: Row, at: Position | None) -> bool:
         and row.kafka_offset is not None
         and row.kafka_offset > at.offset
     )
+
+
+def _is_here(row: Row, at: Position | None) -> bool:
+    return (
+        at is not None
+        and _partition(row) == (at.topic, at.partition)
+        and row.kafka_offset == at.offset
+    )
+
+
+def _keeps_place_of(row: Row, at: Position | None) -> bool:
+    """Whether a row is no order, but keeps the place of the record at this position."""
+    return row.status is Status.PARKED and row.sent_at is None and _is_here(row, at)
 
 
 def _is_earlier_here(row: Row, at: Position | None) -> bool:

@@ -48,6 +48,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
 
 
 _TABLES = (
+    "sighting",
     "topup",
     "attempt",
     "quarantine",

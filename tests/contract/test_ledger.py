@@ -21,6 +21,8 @@ from function.model import (
     Refused,
     Status,
     TopUp,
+    kept_place,
+    key_of_place,
 )
 from tests.conftest import Database, settings_of
 from tests.orders import order
@@ -844,3 +846,75 @@ def test_reclaim_notes_the_api_that_is_called_now(
     assert ledger.reclaim(entry) is not None
 
     assert entry_of(ledger, order()).api_identity == profile.identity
+
+
+def test_sightings_are_counted_from_the_first(ledger: Ledger) -> None:
+    seen = [ledger.see("a" * 64) for _ in range(3)]
+
+    assert [each.times for each in seen] == [1, 2, 3]
+    assert 0 <= seen[0].age_s <= seen[2].age_s < 60
+    assert ledger.see("b" * 64).times == 1
+
+
+def place_of(topup: TopUp) -> TopUp:
+    assert topup.position
+    key = key_of_place(topup.position)
+    refused = Refused(Outcome.UNKNOWN_TYPE, "", b"x", 1, {}, topup.position, key)
+    return kept_place(refused, topup.msisdn)
+
+
+def test_kept_place_holds_what_comes_later_and_is_never_due(
+    ledger: Ledger, database: Database
+) -> None:
+    first = order("r1", offset=5)
+    assert ledger.keep_place(place_of(first), "unknown_type")
+    assert not ledger.keep_place(place_of(first), "unknown_type")
+
+    assert ledger.claim(order("r2", offset=6)) is None
+    assert ledger.hold(order("r2", offset=6))
+    line = ledger.look(order("r2", offset=6))[1]
+    assert (line.blocker, line.is_stuck, line.is_place_kept) == (
+        Status.PARKED,
+        True,
+        False,
+    )
+    # An earlier one of the partition, and whoever else, does not wait.
+    assert ledger.look(order("r0", offset=4))[1].blocker is None
+    other = order("s1", msisdn="+393330000009", offset=7)
+    assert ledger.claim(other) is not None
+    assert ledger.due(given_up_s=0, again_s=0, is_parked_due=True, limit=9) == []
+    assert ledger.count_of_other_apis() == 0
+    row = database.row(place_of(first).idempotency_key)
+    assert (row["status"], row["reason"]) == ("parked", "unknown_type")
+
+
+def test_order_takes_the_place_that_was_kept_for_it(
+    ledger: Ledger, database: Database
+) -> None:
+    first, later = order("r1", offset=5), order("r2", offset=6)
+    assert ledger.keep_place(place_of(first), "unknown_type")
+    assert ledger.hold(later)
+    assert ledger.claim(first) is None
+    assert ledger.hold(first)
+    assert ledger.look(first)[1].is_place_kept
+
+    assert ledger.end_place(first)
+    assert not ledger.end_place(first)
+
+    row = database.row(place_of(first).idempotency_key)
+    assert (row["status"], row["reason"]) == ("abandoned", "replayed")
+    assert ledger.look(first)[1].blocker is None
+    assert ledger.look(later)[1].blocker is Status.HELD
+    assert ledger.reclaim(entry_of(ledger, later)) is None
+    assert ledger.reclaim(entry_of(ledger, first)) is not None
+
+
+@pytest.mark.parametrize("status", [*Status])
+def test_place_of_a_record_that_has_a_row_is_not_kept_twice(
+    ledger: Ledger, database: Database, status: Status
+) -> None:
+    first = order("r1", offset=5)
+    make(status, ledger, database, first)
+
+    assert not ledger.keep_place(place_of(first), "unforeseen")
+    assert ledger.keep_place(place_of(order("r2", offset=6)), "unforeseen")

@@ -190,10 +190,16 @@ def test_growth_is_found(after: Footprint) -> None:
 MAIN: Final = ROOT / "function" / "main.py"
 #: What is wrong -> the text of main.py, and what stands there instead.
 WRONG: Final = {
-    "echoes": ("str(error), headers, body", "str(error) + repr(body), headers, body"),
+    "echoes": (
+        "_refuse(outcome, str(error), headers, body",
+        "_refuse(outcome, str(error) + repr(body), headers, body",
+    ),
     "does not record": ("services().ledger.put_in_quarantine(refused)", "True"),
-    "records no bytes": ("detail, raw, announced", 'detail, b"", announced'),
-    "answers 500": ("STATUS[Outcome.UNFORESEEN])", "500)"),
+    "records no bytes": (
+        "Refused(outcome, detail, raw, len(raw)",
+        'Refused(outcome, detail, b"", len(raw)',
+    ),
+    "answers 500": ("STATUS[_unforeseen(request)]", "500"),
     "loses": (
         "services().processing.process(order)",
         'Receipt(Outcome.SUCCEEDED, reference="r")',

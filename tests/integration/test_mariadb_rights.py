@@ -90,7 +90,9 @@ def singles(role: str, database: str = "ledger") -> list[str]:
 
 def work_of_function(engine: Engine, _owner: Database) -> None:
     require_migrated(engine)
-    process(ledger_of(engine))
+    ledger = ledger_of(engine)
+    process(ledger)
+    assert [ledger.see("a" * 64).times for _ in range(2)] == [1, 2]
 
 
 def process(ledger: Ledger) -> None:

@@ -648,6 +648,34 @@ def test_purge_in_batches_takes_everything_and_keeps_decisions(
     assert len(empty.rows("decision")) == 1
 
 
+def test_record_whose_place_is_kept_is_not_purged(
+    retention: Retention, empty: Database
+) -> None:
+    """Nobody has decided about it: it may be a good order."""
+    put(empty, "!recharge.orders:0:1", Status.PARKED, age_s=50 * DAY_S)
+    put_in_quarantine(empty, key="!recharge.orders:0:1", age_s=50 * DAY_S)
+
+    assert retention.purge(44 * DAY_S, HORIZON).quarantined == 0
+    empty.execute("UPDATE topup SET status = 'abandoned'")
+    assert retention.purge(44 * DAY_S, HORIZON).quarantined == 1
+
+
+def test_old_sightings_are_purged(retention: Retention, empty: Database) -> None:
+    ledger = ledger_of(empty.engine)
+    for name in ("a" * 64, "b" * 64):
+        ledger.see(name)
+    empty.execute(
+        "UPDATE sighting SET first_seen_at = :at WHERE name = :name",
+        at=ago(50 * DAY_S),
+        name="a" * 64,
+    )
+
+    retention.purge(44 * DAY_S, HORIZON, is_dry_run=True)
+    assert len(empty.rows("sighting")) == 2
+    retention.purge(44 * DAY_S, HORIZON)
+    assert [row["name"] for row in empty.rows("sighting")] == ["b" * 64]
+
+
 def test_order_whose_key_stands_in_quarantine_is_purged_with_that_record(
     retention: Retention, empty: Database
 ) -> None:

@@ -26,6 +26,7 @@ HELD_BY: Final = {
     Outcome.INVALID: "quarantine",
     Outcome.TOO_LARGE: "quarantine",
     Outcome.KEY_REUSED: "quarantine",
+    Outcome.QUARANTINED: "quarantine",
 }
 
 #: README, What is guaranteed, row by row.
@@ -39,6 +40,7 @@ CONTRACT: Final = {
     Outcome.TOO_LARGE: 413,
     Outcome.KEY_REUSED: 422,
     Outcome.UNKNOWN_TYPE: 503,
+    Outcome.QUARANTINED: 422,
     Outcome.NOT_ADMITTED: 503,
     Outcome.IN_FLIGHT: 409,
     Outcome.WAITING: 409,
