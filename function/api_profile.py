@@ -16,7 +16,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from function.closed_table import ClosedTable
-from function.config import Settings, is_identity
+from function.config import LEASE, Settings, is_identity
 from function.errors import InvalidEvent, SettingsError
 from function.model import (
     NOTHING_EXECUTED,
@@ -320,8 +320,8 @@ def load_profile(settings: Settings) -> ApiProfile:
     ):
         raise SettingsError(
             f"RECHARGE_API_SETTLE_S ({profile.settle_s:g}) must be greater than "
-            f"LEDGER_LEASE_S ({settings.ledger_lease_s:g}): a look-up may not count as "
-            "proof while the attempt can still send"
+            f"{LEASE} ({settings.ledger_lease_s:g}): a look-up may not count as proof "
+            "while the attempt can still send"
         )
     return profile
 

@@ -42,8 +42,10 @@ class Settings:
     ledger_timeout_s: float = _setting(
         "Longest wait for one statement, connect and locks included.", default=5.0
     )
-    ledger_lease_s: float = _setting(
-        "How long a claim excludes others, by the database's clock.", default=30.0
+    ledger_lease_margin_s: float = _setting(
+        "How much longer than `RECHARGE_API_DEADLINE_S` a claim excludes others, by "
+        "the database's clock: for the settlement, and for clocks that differ.",
+        default=5.0,
     )
     recharge_api_url: str = _setting("Base address of the recharge API.")
     recharge_api_profile: str = _setting(
@@ -194,6 +196,14 @@ class Settings:
     )
     log_level: str = _setting("DEBUG, INFO, WARNING or ERROR.", default="INFO")
 
+    @property
+    def ledger_lease_s(self) -> float:
+        """How long a claim excludes others, in seconds by the database's clock.
+
+        Nothing is sent after the deadline, so no process can still send when it ends.
+        """
+        return self.recharge_api_deadline_s + self.ledger_lease_margin_s
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
         """Read every setting and check how they stand to each other.
@@ -222,7 +232,11 @@ class Settings:
     def _read(cls, env: Mapping[str, str], optional: frozenset[str]) -> "Settings":
         hints = get_type_hints(cls)
         values: dict[str, Any] = {}
-        problems: list[str] = []
+        problems = [
+            f"{name} is no setting any more: {now}"
+            for name, now in _GONE.items()
+            if name in env
+        ]
         for item in fields(cls):
             raw = env.get(item.name.upper(), "").strip()
             if raw:
@@ -262,7 +276,7 @@ class Settings:
             if getattr(self, name) < 0
         ]
         problems += [
-            f"{low.upper()} ({getattr(self, low):g}) must be less than "
+            f"{_NAME.get(low, low.upper())} ({getattr(self, low):g}) must be less than "
             f"{high.upper()} ({getattr(self, high):g}): {why}"
             for low, high, why in _ORDER
             if not getattr(self, low) < getattr(self, high)
@@ -353,11 +367,6 @@ _ORDER: Final = (
         "one read may not outlast the call",
     ),
     (
-        "recharge_api_deadline_s",
-        "ledger_lease_s",
-        "another pod may not take over while this one can still send",
-    ),
-    (
         "ledger_lease_s",
         "event_delivery_timeout_s",
         "the source may not give up on a delivery that can still be settled",
@@ -384,6 +393,14 @@ _OIDC_TOGETHER: Final = (
     "and no other EVENTS_OIDC setting without them: set all three or none"
 )
 
+#: What a sum of settings is called.
+LEASE: Final = "RECHARGE_API_DEADLINE_S + LEDGER_LEASE_MARGIN_S"
+_NAME: Final = {"ledger_lease_s": LEASE}
+#: Settings that are gone -> what there is now.
+_GONE: Final = {
+    "LEDGER_LEASE_S": f"the lease is {LEASE}; set the margin, if not 5 s",
+}
+
 #: None: the profile says.
 _KINDS: Final = frozenset({None, "replay", "refuse", "lookup", "none"})
 _IDENTITY: Final = re.compile(r"[!-~]{1,200}")
@@ -391,6 +408,7 @@ _EVENT_TYPE: Final = re.compile(r".+\.requested\.v[0-9]+")
 
 _POSITIVE: Final = (
     "ledger_timeout_s",
+    "ledger_lease_margin_s",
     "recharge_api_timeout_s",
     "recharge_api_idle_s",
     "recharge_api_replay_window_s",

@@ -42,7 +42,9 @@ THIRD_SOURCE: Final = "source-c"
 
 #: Longer than the longest stall and the longest late execution together.
 SETTLE_S: Final = 10.0
-LEASE_S: Final = float(DEADLINES["LEDGER_LEASE_S"])
+LEASE_S: Final = float(DEADLINES["RECHARGE_API_DEADLINE_S"]) + float(
+    DEADLINES["LEDGER_LEASE_MARGIN_S"]
+)
 #: The source does not give up; the naive one is tried as often as Knative's default.
 _RETRY: Final = 10_000
 _RETRY_NAIVE: Final = 10

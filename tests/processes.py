@@ -200,7 +200,7 @@ def function_env(
     """
     env: dict[str, object] = {
         "ledger_database_url": database_url,
-        "ledger_lease_s": 4,
+        "ledger_lease_margin_s": 1,
         "ledger_timeout_s": 2,
         "recharge_api_url": recharge_api_url,
         "recharge_api_timeout_s": 2,

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
-from function.config import Settings, settings_table
+from function.config import LEASE, Settings, settings_table
 from function.doctor import documents as kinds
 from function.doctor.diagnosis import Diagnosis, error, ok, skipped, warning
 from function.doctor.documents import Document, Parts, Reference, at, number, subject_of
@@ -24,7 +24,7 @@ _REQUIRED: Final = tuple(
 _OWNERS: Final = tuple(sorted({name.partition("_")[0] + "_" for name in _KNOWN}))
 #: The resolver and the function take up each other's orders: they must agree on these.
 _SHARED: Final = (
-    "LEDGER_LEASE_S",
+    "LEDGER_LEASE_MARGIN_S",
     "EVENT_REDELIVERY_MAX_S",
     *sorted(
         name
@@ -265,7 +265,7 @@ def _deadlines(
     delivery_s = delivery.timeout_s if delivery is not None else None
     chain = [
         ("RECHARGE_API_DEADLINE_S", settings.recharge_api_deadline_s),
-        ("LEDGER_LEASE_S", settings.ledger_lease_s),
+        (LEASE, settings.ledger_lease_s),
         ("delivery.timeout of the KafkaSource", delivery_s),
         ("timeoutSeconds of the Revision", request_s if is_knative else None),
     ]

@@ -29,7 +29,7 @@ SETTINGS: Final = {
     # It is reached at several addresses.
     "RECHARGE_API_IDENTITY": "sandbox",
     "LEDGER_TIMEOUT_S": "2",
-    "LEDGER_LEASE_S": "3",
+    "LEDGER_LEASE_MARGIN_S": "0.5",
     "RECHARGE_API_TIMEOUT_S": "2",
     "RECHARGE_API_DEADLINE_S": "2.5",
     "RECHARGE_API_SETTLE_S": "3.3",

@@ -47,7 +47,7 @@ SENT_AT_ALL = ("answer_arrived", "settlement_committed", "response_unwritten")
 
 #: Short, so that a lease that is lost is over soon.
 DEADLINES = {
-    "ledger_lease_s": 2,
+    "ledger_lease_margin_s": 0.5,
     "ledger_timeout_s": 1,
     "recharge_api_timeout_s": 1,
     "recharge_api_deadline_s": 1.5,

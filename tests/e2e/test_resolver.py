@@ -21,7 +21,7 @@ from tests.orders import data, headers
 from tests.processes import DEADLINE_S, FunctionProcess, function_env
 
 DEADLINES = {
-    "ledger_lease_s": 2,
+    "ledger_lease_margin_s": 0.5,
     "ledger_timeout_s": 1,
     "recharge_api_timeout_s": 1,
     "recharge_api_deadline_s": 1.5,

@@ -67,8 +67,8 @@ def test_commands_need_no_recharge_api_and_say_what_is_missing() -> None:
 def test_settings_of_the_ledger_alone_are_checked_all_the_same() -> None:
     found = Settings.ledger_only({"LEDGER_DATABASE_URL": "sqlite://"})
     assert found.recharge_api_url == ""
-    with pytest.raises(SettingsError, match="LEDGER_LEASE_S"):
-        Settings.ledger_only({"LEDGER_DATABASE_URL": "x", "LEDGER_LEASE_S": "1"})
+    with pytest.raises(SettingsError, match="LEDGER_LEASE_MARGIN_S"):
+        Settings.ledger_only({"LEDGER_DATABASE_URL": "x", "LEDGER_LEASE_MARGIN_S": "0"})
     with pytest.raises(SettingsError, match="SECOND_PERSON"):
         Settings.ledger_only(
             {

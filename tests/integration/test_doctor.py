@@ -476,10 +476,10 @@ FAULTS: Final[Mapping[str, tuple[Callable[[Cluster], None], str, str, str]]] = {
         "RECHARGE_API_URL is missing",
     ),
     "deadlines in the settings": (
-        setting("LEDGER_LEASE_S", "10"),
+        setting("LEDGER_LEASE_MARGIN_S", "50"),
         "error",
         FUNCTION,
-        "RECHARGE_API_DEADLINE_S (15) must be less than LEDGER_LEASE_S (10)",
+        "LEDGER_LEASE_MARGIN_S (65) must be less than EVENT_DELIVERY_TIMEOUT_S (60)",
     ),
     "resolver with settings of its own": (
         put(
@@ -496,7 +496,7 @@ FAULTS: Final[Mapping[str, tuple[Callable[[Cluster], None], str, str, str]]] = {
         put(SOURCE, "spec.delivery.timeout", "PT20S"),
         "error",
         FUNCTION,
-        "LEDGER_LEASE_S (30 s) must be less than delivery.timeout",
+        "LEDGER_LEASE_MARGIN_S (20 s) must be less than delivery.timeout",
     ),
     "delivery told otherwise": (
         put(SOURCE, "spec.delivery.timeout", "PT50S"),

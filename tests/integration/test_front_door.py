@@ -1079,7 +1079,7 @@ PATIENT: Final = {
     "server_threads": 2,
     "recharge_api_timeout_s": 30,
     "recharge_api_deadline_s": 40,
-    "ledger_lease_s": 60,
+    "ledger_lease_margin_s": 20,
     "recharge_api_settle_s": 70,
     "event_delivery_timeout_s": 80,
     "server_request_timeout_s": 90,
@@ -1472,14 +1472,15 @@ def test_killed_group_leaves_nobody_and_the_restart_finds_out(tmp_path: Path) ->
         ("ledger_database_url", "", "LEDGER_DATABASE_URL"),
         ("ledger_database_url", "oracle://u:hunter2@db/x", "LEDGER_DATABASE_URL"),
         ("ledger_database_url", "hunter2", "LEDGER_DATABASE_URL"),
-        ("recharge_api_deadline_s", "5", "LEDGER_LEASE_S"),
+        ("ledger_lease_margin_s", "9", "LEDGER_LEASE_MARGIN_S"),
+        ("ledger_lease_s", "9", "LEDGER_LEASE_S is no setting any more"),
         ("recharge_api_kind", "maybe", "RECHARGE_API_KIND"),
         ("recharge_api_settle_s", "4", "RECHARGE_API_SETTLE_S"),
         ("recharge_api_profile", "nobody", "RECHARGE_API_PROFILE"),
         ("recharge_api_token_file", "/nobody", "RECHARGE_API_TOKEN_FILE"),
         ("server_threads", "many", "SERVER_THREADS"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_bad_setting_refuses_to_start_and_is_named_in_one_line(
     tmp_path: Path, server: Server, setting: str, value: str, named: str

@@ -153,7 +153,8 @@ def check_deadlines(documents: list[Document]) -> list[str]:
             problems.append("the Deployment's pods are killed while they drain")
     resolver = find(documents, "Deployment/topup-resolver")
     grace = field(resolver, "spec.template.spec.terminationGracePeriodSeconds", 30)
-    if grace <= float(settings["LEDGER_LEASE_S"]):
+    deadline_s = float(settings["RECHARGE_API_DEADLINE_S"])
+    if grace <= deadline_s + float(settings["LEDGER_LEASE_MARGIN_S"]):
         problems.append("the resolver is killed before its lease ends")
     return problems
 

@@ -408,15 +408,15 @@ def test_kind_that_asks_needs_a_look_up(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["refuse", "lookup"])
-@pytest.mark.parametrize("settle_s", ["29", "30"])
+@pytest.mark.parametrize("settle_s", ["19", "20"])
 def test_settling_time_within_the_lease_is_refused(kind: str, settle_s: str) -> None:
     """A look-up may not count as proof while the attempt can still send."""
     with pytest.raises(SettingsError) as refused:
         profile(RECHARGE_API_KIND=kind, RECHARGE_API_SETTLE_S=settle_s)
 
     assert "RECHARGE_API_SETTLE_S" in str(refused.value)
-    assert "LEDGER_LEASE_S" in str(refused.value)
-    assert profile(RECHARGE_API_KIND=kind, RECHARGE_API_SETTLE_S="31").settle_s == 31
+    assert "LEDGER_LEASE_MARGIN_S" in str(refused.value)
+    assert profile(RECHARGE_API_KIND=kind, RECHARGE_API_SETTLE_S="21").settle_s == 21
 
 
 @pytest.mark.parametrize(
@@ -497,12 +497,12 @@ def test_settling_time_within_the_lease_is_refused_where_it_counts_after_the_win
 ) -> None:
     text = GENERIC.replace(
         'kind_after_window = "none"', f'kind_after_window = "{after}"'
-    ).replace("settle_s = 120", "settle_s = 30")
+    ).replace("settle_s = 120", "settle_s = 20")
 
     message = refusal(tmp_path, text, RECHARGE_API_KIND="replay")
 
     assert "RECHARGE_API_SETTLE_S" in message
-    assert "LEDGER_LEASE_S" in message
+    assert "LEDGER_LEASE_MARGIN_S" in message
 
 
 def test_contradiction_says_so() -> None:

@@ -16,8 +16,6 @@ REQUIRED: Final = {
 #: Left must be less than right (README, Settings).
 ORDER: Final = [
     ("RECHARGE_API_TIMEOUT_S", "RECHARGE_API_DEADLINE_S"),
-    ("RECHARGE_API_DEADLINE_S", "LEDGER_LEASE_S"),
-    ("LEDGER_LEASE_S", "EVENT_DELIVERY_TIMEOUT_S"),
     ("EVENT_DELIVERY_TIMEOUT_S", "SERVER_REQUEST_TIMEOUT_S"),
     ("RECHARGE_API_DEADLINE_S", "SERVER_GRACEFUL_TIMEOUT_S"),
     ("SERVER_GRACEFUL_TIMEOUT_S", "SERVER_TERMINATION_GRACE_S"),
@@ -64,10 +62,10 @@ def test_empty_setting_is_missing(name: str, nothing: str) -> None:
 
 
 def test_everything_wrong_is_named_in_one_error() -> None:
-    message = refusal({"SERVER_THREADS": "x", "LEDGER_LEASE_S": "y"})
+    message = refusal({"SERVER_THREADS": "x", "LEDGER_LEASE_MARGIN_S": "y"})
 
     assert "SERVER_THREADS" in message
-    assert "LEDGER_LEASE_S" in message
+    assert "LEDGER_LEASE_MARGIN_S" in message
     assert "RECHARGE_API_URL" in message
 
 
@@ -77,7 +75,7 @@ def test_everything_wrong_is_named_in_one_error() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "LEDGER_LEASE_S",
+        "LEDGER_LEASE_MARGIN_S",
         "RECHARGE_API_SETTLE_S",
         "RECHARGE_API_REPLAY_WINDOW_S",
         "SERVER_THREADS",
@@ -110,6 +108,7 @@ def test_optional_number_is_read_as_a_number() -> None:
     "name",
     [
         "LEDGER_TIMEOUT_S",
+        "LEDGER_LEASE_MARGIN_S",
         "RECHARGE_API_TIMEOUT_S",
         "RECHARGE_API_IDLE_S",
         "RECHARGE_API_REPLAY_WINDOW_S",
@@ -140,17 +139,37 @@ def test_deadlines_in_the_wrong_order_are_named_both(
 
 def test_deadlines_in_the_right_order_are_accepted() -> None:
     """The twin: each just above the one before."""
-    names = ["RECHARGE_API_TIMEOUT_S", "RECHARGE_API_DEADLINE_S", "LEDGER_LEASE_S"]
+    names = ["RECHARGE_API_TIMEOUT_S", "RECHARGE_API_DEADLINE_S"]
     names += ["EVENT_DELIVERY_TIMEOUT_S", "SERVER_REQUEST_TIMEOUT_S"]
     env = {name: str(1 + index / 10) for index, name in enumerate(names)}
+    found = settings(**env, LEDGER_LEASE_MARGIN_S="0.05")
 
-    assert settings(**env).server_request_timeout_s == 1.4
+    assert found.server_request_timeout_s == 1.3
+    assert found.ledger_lease_s == pytest.approx(1.15)
+
+
+@pytest.mark.parametrize("margin_s", ["45", "46"])
+def test_lease_that_outlasts_the_delivery_is_refused(margin_s: str) -> None:
+    """The lease follows from the deadline: no process can send when it ends."""
+    assert settings(LEDGER_LEASE_MARGIN_S="44").ledger_lease_s == 59
+
+    message = refusal(REQUIRED | {"LEDGER_LEASE_MARGIN_S": margin_s})
+
+    lease = f"RECHARGE_API_DEADLINE_S + LEDGER_LEASE_MARGIN_S ({15 + int(margin_s)})"
+    assert f"{lease} must be less than EVENT_DELIVERY_TIMEOUT_S (60)" in message
+
+
+def test_lease_of_the_version_before_is_no_setting_any_more() -> None:
+    message = refusal(REQUIRED | {"LEDGER_LEASE_S": "30"})
+
+    assert "LEDGER_LEASE_S is no setting any more" in message
+    assert "LEDGER_LEASE_MARGIN_S" in message
 
 
 def test_every_wrong_order_is_named_in_one_error() -> None:
     message = refusal(REQUIRED | {"RECHARGE_API_DEADLINE_S": "1000"})
 
-    assert "LEDGER_LEASE_S" in message
+    assert "LEDGER_LEASE_MARGIN_S" in message
     assert "SERVER_GRACEFUL_TIMEOUT_S" in message
 
 
