@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: help demo run test check crash simulate soak fuzz mutants lock certs image clean
+.PHONY: help demo run test check crash simulate soak fuzz hostile mutants lock certs image clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -54,6 +54,9 @@ soak: $(VENV)/.dev ## Everything at once under seeded faults; MINUTES=2 SEED= KI
 
 fuzz: $(VENV)/.dev ## Send bad input to the front door, good orders between; SHORT=1: CI's form
 	@$(BIN)/python -m proof.fuzz $(if $(SHORT),--short) $(ARGS)
+
+hostile: $(VENV)/.dev ## Answer the function as no recharge API should; SHORT=1: CI's form
+	@$(BIN)/python -m proof.hostile $(if $(SHORT),--short) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header pyproject.toml

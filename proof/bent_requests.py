@@ -123,6 +123,42 @@ def delivery_of(order: Order, kind: str = "redelivery") -> Request:
     return _request(kind, _plain_headers(), body, order=order)
 
 
+def heaviest_orders() -> list[Request]:
+    """Good orders as large as they may be, of what takes the most memory once read.
+
+    The function takes at most 10,000 values in an event (docs/EVENTS.md).
+    """
+    room = EVENT_BYTES_MAX - 1_000
+    heavy: tuple[object, ...] = (
+        [[{"": []}]] * 1_900,
+        [[]] * 4_900,
+        [f"{number:024}" for number in range(9_000)],
+        {f"{number:020}": "" for number in range(4_900)},
+        "\U0001f600" + "x" * (room - 20),
+        [number / 7 for number in range(9_900)],
+    )
+    made = []
+    for value in heavy:
+        order = new_order() | {"metadata": {"a": value}}
+        body = json.dumps(order, ensure_ascii=False).encode()
+        if len(body) > EVENT_BYTES_MAX:
+            raise AssertionError(f"too large to be an order: {len(body)} bytes")
+        made.append(_request("heavy order", _plain_headers(), body, order=order))
+    return made
+
+
+def too_heavy_events() -> list[Request]:
+    """As large as an order may be, of as many values as there is room for."""
+    made = []
+    for value in ("[[]]", '[{"":[]}]', "{}"):
+        order = json.dumps(new_order() | {"metadata": {"a": "@"}})
+        room = EVENT_BYTES_MAX - len(order)
+        values = ",".join([value] * (room // (len(value) + 1) - 2))
+        body = order.replace('"@"', f"[{values}]").encode()
+        made.append(_request("too heavy event", _plain_headers(), body))
+    return made
+
+
 # ---- how a request is written --------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from proof.bent_requests import (
     PLANTED_ERROR,
     Request,
 )
+from proof.pod_limits import memory_limit_kib
 from proof.raw_client import Answer
 
 #: README's table: each outcome has its one status.
@@ -211,6 +212,8 @@ class Footprint:
     rss_kib: int
     files: int
     threads: int
+    #: The most memory that it ever had.
+    peak_kib: int = 0
 
     def to_json(self) -> dict[str, int]:
         """For the report."""
@@ -231,6 +234,18 @@ def judge_growth(before: Footprint, after: Footprint) -> None:
         raise Found(f"open files grew from {before.files} to {after.files}")
     if after.threads > before.threads:
         raise Found(f"threads grew from {before.threads} to {after.threads}")
+
+
+def judge_peak(ever: Footprint) -> None:
+    """Hold the most memory that a process ever had against what a pod has.
+
+    Raises:
+        Found: the kubelet would have killed it, and the answers that it held.
+
+    """
+    limit_kib = memory_limit_kib()
+    if ever.peak_kib > limit_kib:
+        raise Found(f"it had {ever.peak_kib} KiB, and a pod has {limit_kib}")
 
 
 def _judge_success(request: Request, answer: Answer, view: View) -> None:

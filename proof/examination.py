@@ -8,7 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -17,7 +19,14 @@ from sqlalchemy import Engine, select
 
 from demo.book import BookEntry
 from function.schema import quarantine, topup
-from proof.bent_requests import Exchange, Request, delivery_of, new_order
+from proof.bent_requests import (
+    Exchange,
+    Request,
+    delivery_of,
+    heaviest_orders,
+    new_order,
+    too_heavy_events,
+)
 from proof.door_judge import (
     FILES_MORE_MAX,
     Footprint,
@@ -26,6 +35,7 @@ from proof.door_judge import (
     judge_growth,
     judge_log,
     judge_order,
+    judge_peak,
     judge_silence,
 )
 from proof.raw_client import (
@@ -38,6 +48,10 @@ from proof.raw_client import (
 
 _OK: Final = 200
 _POLL_S: Final = 0.1
+#: More than the function has threads.
+_HEAVY_CONNECTIONS: Final = 16
+#: Of each heavy order.
+_HEAVY_ROUNDS: Final = 8
 
 
 class Evidence:
@@ -187,7 +201,7 @@ class Examination:
                 raise Found("a good order is not answered on a new connection")
 
     def finish(self, process: int, before: Footprint) -> Footprint:
-        """Stall every thread, and judge what is true at the end.
+        """Stall every thread, give each the heaviest order, and judge what is true.
 
         Returns what the process then holds.
 
@@ -207,8 +221,11 @@ class Examination:
             time.sleep(_POLL_S)
             after = footprint_of(process)
         judge_growth(before, after)
+        self._press()
         self._read_log()
-        return after
+        ever = footprint_of(process)
+        judge_peak(ever)
+        return replace(after, peak_kib=ever.peak_kib)
 
     def _stall_every_thread(self, threads: int) -> None:
         """A good order behind as many heads without an end as could be read at once.
@@ -235,6 +252,29 @@ class Examination:
                 if not is_closed:
                     raise Found("a head that has no end is answered")
                 self.answered[0] += 1
+
+    def _press(self) -> None:
+        """Have every thread read what takes the most memory, at the same time.
+
+        Raises:
+            Found: an order is not executed exactly once.
+
+        """
+        rounds = range(_HEAVY_ROUNDS)
+        orders = [each for _ in rounds for each in heaviest_orders()]
+        events = [each for _ in rounds for each in too_heavy_events()]
+        with ThreadPoolExecutor(_HEAVY_CONNECTIONS) as pool:
+            list(pool.map(self.deliver, orders))
+            list(pool.map(self._have_refused, events))
+
+    def _have_refused(self, request: Request) -> None:
+        with Connection(self._port) as connection:
+            self.sent[request.kind] += 1
+            connection.send(request.pieces)
+            answer = _answer(connection, request)
+        self.answered[answer.status if answer else 0] += 1
+        self._evidence.read()
+        self._judge(request, answer)
 
     def _play(self, connection: Connection, exchange: Exchange) -> list[Answer | None]:
         """The answers, in order; shorter than the requests where it was closed."""
@@ -331,6 +371,7 @@ def footprint_of(process: int) -> Footprint:
         rss_kib=int(status["VmRSS"].split()[0]),
         files=len(list((place / "fd").iterdir())),
         threads=int(status["Threads"]),
+        peak_kib=int(status["VmHWM"].split()[0]),
     )
 
 

@@ -42,6 +42,7 @@ TIMEOUT_S: Final = 900.0
 INSTRUMENTS: Final[dict[str, tuple[str, ...]]] = {
     "simulate": ("-m", "proof.simulate", "--runs", "4000", "--seed", "1"),
     "fuzz": ("-m", "proof.fuzz", "--short"),
+    "hostile": ("-m", "proof.hostile", "--short", "--seed", "1"),
     "tests": ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
     "crash": ("-m", "proof.crash_matrix", "--short", "--first"),
     "soak": ("-m", "proof.soak", "--minutes", "1", "--seed", "1"),

@@ -4,6 +4,7 @@ Each bad server is one that a front door could become by one wrong line.
 """
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
@@ -11,13 +12,17 @@ from typing import Any, Final
 import pytest
 from rich.console import Console
 
+from function.json_bound import has_too_many_values
 from proof.bent_requests import (
+    EVENT_BYTES_MAX,
     MARK,
     NUMBER_PREFIX,
     PLANTED_ERROR,
     Request,
     delivery_of,
+    heaviest_orders,
     new_order,
+    too_heavy_events,
 )
 from proof.door_judge import (
     FILES_MORE_MAX,
@@ -26,11 +31,13 @@ from proof.door_judge import (
     judge_answer,
     judge_growth,
     judge_log,
+    judge_peak,
     judge_silence,
 )
 from proof.door_stage import SOURCE, staged
 from proof.examination import footprint_of
 from proof.fuzz import replay, run, search, warm_up
+from proof.pod_limits import memory_limit_kib
 from proof.raw_client import Answer
 from tests.processes import ROOT
 
@@ -183,6 +190,24 @@ def test_growth_is_found(after: Footprint) -> None:
     judge_growth(WELL, WELL)
     with pytest.raises(Found, match="grew"):
         judge_growth(WELL, after)
+
+
+def test_memory_that_no_pod_has_is_found() -> None:
+    judge_peak(replace(WELL, peak_kib=memory_limit_kib()))
+    with pytest.raises(Found, match="a pod has"):
+        judge_peak(replace(WELL, peak_kib=memory_limit_kib() + 1))
+
+
+def test_heaviest_orders_are_orders() -> None:
+    """One that is refused for its values would weigh nothing."""
+    for request in heaviest_orders():
+        assert request.body is not None
+        assert 10_000 < len(request.body) <= EVENT_BYTES_MAX
+        assert not has_too_many_values(request.body)
+    for request in too_heavy_events():
+        assert request.body is not None
+        assert EVENT_BYTES_MAX * 0.9 < len(request.body) <= EVENT_BYTES_MAX
+        assert has_too_many_values(request.body)
 
 
 # ---- bad servers ---------------------------------------------------------------------
