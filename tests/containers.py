@@ -162,9 +162,15 @@ class Container:
 
     def state(self) -> dict[str, object]:
         """Podman's word about it, as `Running`, `Pid`, `ExitCode`."""
-        words = self._podman.words("inspect", "--format", "{{json .State}}", self.id)
-        found: dict[str, object] = json.loads(words)
-        return found
+        end = time.monotonic() + DEADLINE_S
+        while True:
+            done = self._podman.call("inspect", "--format", "{{json .State}}", self.id)
+            if done.returncode == 0:
+                found: dict[str, object] = json.loads(done.stdout)
+                return found
+            # Its process ended while podman was looking at it: the next look sees that.
+            assert "no such process" in done.stderr, f"podman inspect: {done.stderr}"
+            assert time.monotonic() < end, f"podman inspect: {done.stderr}"
 
     def pids(self) -> list[int]:
         """Its processes by their numbers on the machine, the first one first."""
