@@ -53,8 +53,8 @@ class Left:
     of_orders: int
     #: Seconds from the API's return until each partition has an order executed.
     first_s: list[float]
-    #: Seconds from the API's return until the resolver has settled what was parked or
-    #: postponed; and how many of its rounds that took beyond the settling time.
+    #: Seconds from the API's return until the resolver's first round that finds nothing
+    #: parked or postponed any more.
     settled_s: float
 
 
